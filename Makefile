@@ -1,0 +1,48 @@
+# Errata. Bare `make` lists the targets; every target is safe to repeat and sets up what it needs.
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+FAISS ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench lint format types clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch first: with none installed, the project's own range would take the newest CUDA build of several gigabytes.
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: expected Python 3.11 or newer as '$(PYTHON)'; name yours with PYTHON=…" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$(FAISS),dev]"
+	@touch $@
+
+install: $(STAMP)  ## virtual environment, torch, the project
+
+demo: $(STAMP)  ## edits through the gate into a registered model, on the built-in base
+	$(BIN)/errata demo
+
+test: $(STAMP)  ## all tests; no network, no GPU
+	$(BIN)/pytest
+
+bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth
+	$(BIN)/python -m benchmarks.edit_quality
+	$(BIN)/python -m benchmarks.edit_speed
+
+lint: $(STAMP) types  ## style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP)  ## mypy, strict on errata/ and registry/
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the sources in the one style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches of this checkout
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

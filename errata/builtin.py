@@ -1,0 +1,115 @@
+"""The built-in base: a small GPT-2-architecture model that Errata trains itself on the generated world, once, and caches.
+
+Imports no torch; `errata.training` does the work when nothing is cached. A cached base is an ordinary Hugging Face folder.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from errata.edits import canonical_json, digest_of
+from errata.world import WorldSettings
+
+CAVEAT = (
+    "Measured on Errata's built-in base, a two-million-parameter model of a generated world: "
+    "it tests the software and says nothing about large language models."
+)
+"""Shown wherever numbers of the built-in base are shown."""
+
+REPORT_FILE = "train_report.json"
+
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what is being done)."""
+
+
+class BuiltinSettings(BaseModel):
+    """What a built-in base is made from. Equal settings name the same cached folder.
+
+    The recipe: learn who has which attributes from names alone (few tokens per person, lower blocks only), then to answer with one
+    fact per row, then to do so among other sentences. In all phases a linear probe, thrown away after training, must read *all* attributes of a person from the residual
+    stream at the last token of the name after block `site`. Without it a model this small copies the name to the end of the prompt
+    and looks the fact up there, and an edit at the subject's last token could not change any answer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: int = 1
+    """Raised whenever the trainer's code changes what it produces, so that no older folder is taken for it."""
+    world: WorldSettings = WorldSettings()
+    seed: int = 0
+    width: int = 128
+    layers: int = 5
+    heads: int = 2
+    inner: int = 1_536
+    """Width of each MLP. Untouched facts suffer as edits fill it."""
+    positions: int = 128
+    """Longest text, in tokens."""
+    site: int = 2
+    """Block after which the probe reads a person's attributes; edits belong at or below it."""
+    name_steps: int = Field(default=160, ge=0)
+    """Steps of the first phase: names only, blocks up to `site` only."""
+    fact_steps: int = Field(default=160, ge=0)
+    """Steps of the second phase: one bare fact per row."""
+    text_steps: int = Field(default=120, ge=0)
+    """Steps of the third phase: several facts per row, and sentences that state none."""
+    tokens: int = 1_200
+    """Tokens per step, padding included."""
+    muon_lr: float = 0.04
+    """Muon's step size, for the matrices of the blocks."""
+    adamw_lr: float = 0.01
+    """AdamW's step size, for embeddings, norms, biases and the probe."""
+    threads: int = Field(default=2, ge=1)
+    """Torch threads. Part of the digest: other thread counts add up in another order."""
+
+    @property
+    def digest(self) -> str:
+        """Names the cached folder."""
+        return digest_of(canonical_json(self.model_dump(mode="json")))[:16]
+
+
+BUILTIN = BuiltinSettings()
+"""The base of `errata demo` and of the benchmarks: about a minute on two cores."""
+
+SMALL = BuiltinSettings(world=WorldSettings(persons=40), width=64, layers=4, inner=256, site=1, name_steps=30, fact_steps=60, text_steps=40, tokens=800)
+"""A sibling for unit tests: the same shape and tokenizer in seconds, but it knows little."""
+
+
+def ensure_builtin(settings: BuiltinSettings, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """Return the folder of the trained base, training it first if the cache has none.
+
+    The folder appears under its name only when it is whole: it is written beside it and renamed, so an interrupted training leaves
+    nothing that could be taken for a base, and of two processes that train at once the first to finish provides it.
+
+    Args:
+        settings: what to train.
+        cache_dir: the cache's root; the base goes to `builtin/<digest>/` below it.
+        progress: called after each step.
+
+    Returns:
+        A folder for `transformers.AutoModelForCausalLM.from_pretrained`; `train_report.json` in it holds settings, accuracy and cost.
+    """
+    shelf = cache_dir / "builtin"
+    folder = shelf / settings.digest
+    if folder.is_dir():
+        return folder
+    from errata.training import train_builtin  # torch and transformers take seconds to import
+
+    shelf.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{settings.digest}-", dir=shelf))
+    try:
+        report = train_builtin(settings, draft, progress)
+        (draft / REPORT_FILE).write_text(json.dumps({"settings": settings.model_dump(mode="json"), **report}, indent=1) + "\n")
+        draft.chmod(0o755)  # mkdtemp's folders are private
+        try:
+            os.rename(draft, folder)
+        except OSError:
+            if not folder.is_dir():  # neither was it the other process that finished first
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder

@@ -1,0 +1,152 @@
+"""From stored pairs to a candidate: prepare what is missing, merge, solve. The head and the base are never changed (design §3)."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from errata.editors.artifacts import WeightDelta, load_artifact
+from errata.editors.base import Blobs, Editor, Pairs, Progress, State
+from errata.edits import Edit, canonical_json
+from errata.manifests import Change, Layer, Manifest, PairRef, StateRef, extend_recipe, group_changes, start_recipe
+from errata.modeling.loading import Base
+
+_CHUNK = 50
+"""Edits prepared between two writes: what an interrupted run has to do again."""
+
+
+@dataclass(frozen=True)
+class StoredPair:
+    """A pair that an earlier, interrupted run has stored."""
+
+    ref: PairRef
+    loss: float
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """Where the pairs of a batch are stored, and what became of each edit."""
+
+    refs: Mapping[str, PairRef]
+    """Edit id → its stored pair."""
+    losses: Mapping[str, float]
+    """Edit id → nats per token of its target that are left at z."""
+    refused: Mapping[str, str]
+    """Edit id → why no pair can be made."""
+
+
+def start_manifest(editor: Editor[Any], base: str, profile: str) -> Manifest:
+    """The manifest of a stream without edits: the base itself."""
+    layer = Layer(editor=editor.name, editor_version=editor.version)
+    return Manifest(base=base, profile=profile, layers=(layer,), recipe=start_recipe(base, profile, editor.name, editor.version, editor.options))
+
+
+def prepare_batch(
+    blobs: Blobs,
+    editor: Editor[Any],
+    base: Base,
+    edits: Sequence[Edit],
+    known: Mapping[str, StoredPair],
+    remember: Callable[[str, Mapping[str, float]], None],
+    on_progress: Progress | None = None,
+) -> PreparedBatch:
+    """Pairs of a batch: those of an earlier, interrupted run are reused, the others are made and stored chunk by chunk.
+
+    Args:
+        known: content id → pair stored by an earlier run.
+        remember: called with (digest of a stored pairs object, content id → loss of its rows, in order) right after each write.
+    """
+    refs = {edit.edit_id: known[edit.content_id].ref for edit in edits if edit.content_id in known}
+    losses = {edit.edit_id: known[edit.content_id].loss for edit in edits if edit.content_id in known}
+    missing = [edit for edit in edits if edit.edit_id not in refs]
+    refused: dict[str, str] = {}
+    for start in range(0, len(missing), _CHUNK):
+        chunk = missing[start : start + _CHUNK]
+        prepared = editor.prepare(base, chunk, _shift_progress(on_progress, len(refs) + len(refused), len(edits)))
+        refused |= prepared.refused
+        if prepared.pairs is None:
+            continue
+        stored = blobs.put(prepared.pairs.to_bytes())
+        contents = {edit.edit_id: edit.content_id for edit in chunk}
+        rows = {owners[0]: row for row, owners in enumerate(prepared.pairs.owners)}
+        remember(stored, {contents[edit_id]: prepared.notes[edit_id].target_nll for edit_id in rows})
+        refs |= {edit_id: PairRef(pairs=stored, row=row) for edit_id, row in rows.items()}
+        losses |= {edit_id: prepared.notes[edit_id].target_nll for edit_id in rows}
+    return PreparedBatch(refs, losses, refused)
+
+
+def _shift_progress(on_progress: Progress | None, done: int, total: int) -> Progress | None:
+    """The progress of one chunk as progress of the whole batch."""
+    if on_progress is None:
+        return None
+    return lambda more, _: on_progress(done + more, total)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A built, not yet judged manifest."""
+
+    manifest: Manifest
+    fits: Mapping[str, float]
+    """Edit id → ρ, the fraction of its residual that the solve realises."""
+
+
+def build_candidate(
+    blobs: Blobs,
+    editor: Editor[Any],
+    head: Manifest,
+    add: Sequence[PairRef],
+    remove: Sequence[PairRef],
+    snapshot_every: int,
+) -> Candidate:
+    """Merge pairs into the head's state and solve. Everything stored is content-addressed: harmless if the batch stops here.
+
+    Raises:
+        BaseMismatchError: pairs of another base or profile.
+        EditorError: the system cannot be solved.
+    """
+    layer = head.layers[0]
+    changes = group_changes("remove", remove) + group_changes("add", add)
+    removed, added = read_pairs(blobs, remove), read_pairs(blobs, add)
+    state = editor.merge(load_state(blobs, editor, layer.state), added, removed)
+    artifact = editor.solve(state)
+    since = (*layer.state.pairs_since, blobs.put(canonical_json([change.model_dump() for change in changes])))
+    stored = StateRef(snapshot=layer.state.snapshot, pairs_since=since)
+    if len(since) >= snapshot_every:
+        stored = StateRef(snapshot=blobs.put(state.to_bytes()))
+    recipe = head.recipe
+    for op, pairs in (("remove", removed), ("add", added)):
+        recipe = extend_recipe(recipe, op, pairs.digest_rows() if pairs else ())
+    built = layer.model_copy(update={"artifact": blobs.put(artifact.to_bytes()) if artifact else None, "state": stored})
+    manifest = head.model_copy(update={"layers": (built,), "recipe": recipe})
+    return Candidate(manifest, _measure_fits(editor, state, added))
+
+
+def load_state(blobs: Blobs, editor: Editor[Any], ref: StateRef) -> Any:
+    """The state a manifest names: its snapshot with the change lists since replayed in order."""
+    state: State = editor.load_state(blobs.get(ref.snapshot)) if ref.snapshot else editor.empty_state()
+    for digest in ref.pairs_since:
+        for change in (Change.model_validate(item) for item in json.loads(blobs.get(digest))):
+            pairs = Pairs.from_bytes(blobs.get(change.pairs)).take(change.rows)
+            state = editor.merge(state, pairs, None) if change.op == "add" else editor.merge(state, None, pairs)
+    return state
+
+
+def load_artifacts(blobs: Blobs, manifest: Manifest) -> list[WeightDelta]:
+    """The artifacts of a manifest, ready to attach in this order."""
+    return [load_artifact(blobs.get(digest)) for digest in manifest.artifacts]
+
+
+def read_pairs(blobs: Blobs, refs: Sequence[PairRef]) -> Pairs | None:
+    """The stored pairs, in the order of `refs`; each object is read once."""
+    if not refs:
+        return None
+    objects = {digest: Pairs.from_bytes(blobs.get(digest)) for digest in dict.fromkeys(ref.pairs for ref in refs)}
+    return Pairs.concatenate([objects[change.pairs].take(change.rows) for change in group_changes("add", refs)])
+
+
+def _measure_fits(editor: Editor[Any], state: Any, added: Pairs | None) -> dict[str, float]:
+    if added is None:
+        return {}
+    fits = editor.measure_fits(state, added).tolist()
+    return {owner: fit for owners, fit in zip(added.owners, fits, strict=True) for owner in owners}

@@ -1,0 +1,73 @@
+"""What an editor hands over: frozen, attachable, safetensors on disk. This module travels inside every MLflow version."""
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from errata.errors import FormatError
+from errata.modeling.loading import Base
+from errata.modeling.patch import add_deltas
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class WeightDelta:
+    """All edits of a stream as additions to weights of one base."""
+
+    base: str
+    """Digest of the base it may be added to."""
+    deltas: Mapping[str, torch.Tensor]
+    """Parameter name → Δ [d_out, d_in] float32."""
+
+    def attach(self, base: Base) -> AbstractContextManager[None]:
+        """See `errata.modeling.patch.add_deltas`."""
+        return add_deltas(base, self.deltas)
+
+    def to_bytes(self) -> bytes:
+        tensors = {name: delta.detach().float().contiguous().cpu() for name, delta in self.deltas.items()}
+        return pack_tensors("weight_delta", _FORMAT, tensors, {"base": self.base})
+
+
+def load_artifact(data: bytes) -> WeightDelta:
+    """An artifact from its bytes.
+
+    Raises:
+        FormatError: not safetensors, another kind, or a newer format.
+    """
+    tensors, metadata = unpack_tensors(data, "weight_delta", _FORMAT)
+    return WeightDelta(metadata["base"], tensors)
+
+
+def pack_tensors(kind: str, version: int, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """Safetensors bytes; equal contents give equal bytes.
+
+    safetensors writes several metadata entries in random order, which would give one content many digests: all of ours go into one entry.
+    """
+    header = json.dumps({"kind": kind, "format": version, **metadata}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return save(dict(sorted(tensors.items())), metadata={"errata": header})
+
+
+def unpack_tensors(data: bytes, kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and metadata of `pack_tensors`.
+
+    Raises:
+        FormatError: not safetensors, not ours, another kind, or a format newer than `version`.
+    """
+    try:
+        length = int.from_bytes(data[:8], "little")
+        metadata: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["errata"])
+        tensors = load(data)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise FormatError(f"expected safetensors of kind {kind!r}, found bytes that cannot be read as such ({error})") from None
+    if metadata.get("kind") != kind:
+        raise FormatError(f"expected safetensors of kind {kind!r}, found {metadata.get('kind')!r}")
+    if metadata.get("format") != version:
+        raise FormatError(f"expected {kind} of format {version}, found {metadata.get('format')!r}: written by another Errata")
+    return tensors, metadata

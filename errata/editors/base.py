@@ -1,0 +1,166 @@
+"""What an editor is: pairs are prepared once per edit on the base, merged once per batch into an additive state (design §5)."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+
+from errata.editors.artifacts import WeightDelta, pack_tensors, unpack_tensors
+from errata.edits import Edit
+from errata.errors import BaseMismatchError, EditorError
+from errata.modeling.loading import Base
+
+_FORMAT = 1
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+class Blobs(Protocol):
+    """Immutable bytes under their digest. The object store of a stream is one."""
+
+    def get(self, digest: str) -> bytes: ...
+
+    def put(self, data: bytes) -> str: ...
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Keys and residuals of n edits, float32, as they are stored: sums are built from exactly these values."""
+
+    base: str
+    """Digest of the base they were read from."""
+    prepare: str
+    """Digest of the prepare options."""
+    owners: tuple[tuple[str, ...], ...]
+    """Row → ids of the edits it carries, one or more."""
+    residuals: torch.Tensor
+    """[n, d_out] float32: z − h at the output of the last edited layer."""
+    keys: Mapping[int, torch.Tensor]
+    """Layer → [n, d_in] float32: inputs of the edited projection at the site."""
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """The rows named, in that order."""
+        index = torch.tensor(rows, dtype=torch.long)
+        keys = {layer: keys[index] for layer, keys in self.keys.items()}
+        return type(self)(self.base, self.prepare, tuple(self.owners[row] for row in rows), self.residuals[index], keys)
+
+    def digest_rows(self) -> list[str]:
+        """One digest per row over owners, residual and keys: equal wherever the row is stored, in whatever object."""
+        digests = []
+        for row, owners in enumerate(self.owners):
+            digest = hashlib.sha256(json.dumps([self.base, self.prepare, owners]).encode())
+            for tensor in (self.residuals, *(self.keys[layer] for layer in sorted(self.keys))):
+                digest.update(tensor[row].contiguous().numpy().tobytes())
+            digests.append(digest.hexdigest())
+        return digests
+
+    def to_bytes(self) -> bytes:
+        tensors = {"r": self.residuals, **{f"k.{layer}": keys for layer, keys in self.keys.items()}}
+        contiguous = {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
+        metadata = {"base": self.base, "prepare": self.prepare, "owners": self.owners}
+        return pack_tensors("pairs", _FORMAT, contiguous, metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Raises FormatError: not pairs of this format."""
+        tensors, metadata = unpack_tensors(data, "pairs", _FORMAT)
+        keys = {int(name.removeprefix("k.")): tensor for name, tensor in tensors.items() if name != "r"}
+        owners = tuple(tuple(ids) for ids in metadata["owners"])
+        return cls(metadata["base"], metadata["prepare"], owners, tensors["r"], keys)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """Several blocks as one, in order.
+
+        Raises:
+            BaseMismatchError: blocks of different bases or prepare options; mixing them is meaningless.
+            EditorError: no blocks.
+        """
+        if not parts:
+            raise EditorError("expected at least one block of pairs, found none")
+        first = parts[0]
+        for part in parts[1:]:
+            first.require_same(part.base, part.prepare)
+        keys = {layer: torch.cat([part.keys[layer] for part in parts]) for layer in first.keys}
+        owners = tuple(ids for part in parts for ids in part.owners)
+        return cls(first.base, first.prepare, owners, torch.cat([part.residuals for part in parts]), keys)
+
+    def require_same(self, base: str, prepare: str) -> None:
+        """Raises BaseMismatchError where these pairs were made on another base or with other prepare options."""
+        for name, ours, theirs in (("base", self.base, base), ("prepare options", self.prepare, prepare)):
+            if ours != theirs:
+                raise BaseMismatchError(f"pairs: expected {name} {theirs[:12]}, found {ours[:12]}; edits must be prepared anew there")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How far one edit's optimisation came. Kept in the report; the gate reads it."""
+
+    loss: float
+    target_nll: float
+    """Mean NLL per target token over the contexts at z, in nats."""
+    steps: int
+    shift: float
+    """‖δ‖ / ‖h‖."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pairs of one call of `prepare`, and what became of each edit."""
+
+    pairs: Pairs | None
+    """None where no edit could be prepared."""
+    notes: Mapping[str, Preparation]
+    """Edit id → diagnostics, for each row."""
+    refused: Mapping[str, str]
+    """Edit id → reason, where no pair can be made (the tokenizer cannot place the subject, the prompt does not fit, …)."""
+
+
+class State(Protocol):
+    """Additive and serialisable."""
+
+    count: int
+
+    def to_bytes(self) -> bytes: ...
+
+
+S = TypeVar("S", bound=State)
+
+
+class Editor(Protocol[S]):
+    """Prepare is expensive, per edit and parallel; merge is cheap and once per batch."""
+
+    name: str
+    version: str
+    order_free: bool
+    """Whether any order and split of the same pairs gives the same weights."""
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Everything besides the pairs that decides the weights, as JSON. Part of the recipe digest."""
+        ...
+
+    def prepare(self, base: Base, edits: Sequence[Edit], on_progress: Progress | None = None) -> Prepared: ...
+
+    def empty_state(self) -> S: ...
+
+    def load_state(self, data: bytes) -> S: ...
+
+    def merge(self, state: S, add: Pairs | None, remove: Pairs | None) -> S:
+        """State with pairs added and removed. Raises BaseMismatchError for pairs of another base or profile."""
+        ...
+
+    def solve(self, state: S) -> WeightDelta | None:
+        """The artifact of a state; None for a state without edits, which is the base itself."""
+        ...
+
+    def measure_fits(self, state: S, pairs: Pairs) -> torch.Tensor:
+        """How much of each pair the solved weights realise: [n] float64 in [0, 1)."""
+        ...

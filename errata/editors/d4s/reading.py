@@ -1,0 +1,66 @@
+"""One pass over the base for many edits: keys, hidden states at the site, and what the optimisation of z reads again at every step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from errata.editors.d4s.rows import EditRows
+from errata.editors.d4s.suffix import Suffix, cut_suffixes
+from errata.modeling.loading import Base
+from errata.modeling.tokens import find_pad, pad_rows
+from errata.modeling.trace import capture_outputs, trace_inputs
+
+
+@dataclass(frozen=True)
+class Reading:
+    """e edits of c contexts each, as the base sees them."""
+
+    keys: dict[int, torch.Tensor]
+    """Layer → [e, d_in] float32, averaged over contexts."""
+    site: torch.Tensor
+    """[e, d] float32: h, the bare prompt's hidden state at the site."""
+    suffix: Suffix
+    """e · c rows, edit by edit, then the essences that are not the beginning of their edit's bare prompt."""
+    essences: list[int]
+    """Per edit, the row of `suffix` whose first column is the subject's last token in the essence prompt."""
+
+
+@torch.no_grad()
+def read_base(base: Base, rows: Sequence[EditRows], layers: Sequence[int]) -> Reading:
+    """Keys at every edited layer, hidden states at the site, cached keys and values of the blocks above.
+
+    The key of an edit is half the bare prompt's and half the mean over the other contexts (MEMIT `compute_ks`; algorithms.md §1.2).
+    """
+    flat = [row.ids for edit in rows for row in edit.contexts]
+    sites = [row.site for edit in rows for row in edit.contexts]
+    split = len(flat)
+    count = split // len(rows)
+    essences = []
+    for index, edit in enumerate(rows):
+        bare = edit.contexts[0]
+        if edit.essence == bare.ids[: bare.site + 1]:
+            essences.append(index * count)
+        else:
+            essences.append(len(flat))
+            flat.append(edit.essence)
+            sites.append(len(edit.essence) - 1)
+    every, at = torch.arange(split, device=base.device), torch.tensor(sites[:split], device=base.device)
+    top = max(layers)
+    ids, _ = pad_rows(flat, find_pad(base.tokenizer), "right", base.device)
+    projections = {layer: base.layout.projection_of(base.model, layer) for layer in layers}
+    with (
+        trace_inputs(projections, lambda inputs: inputs[every, at].float()) as found,
+        capture_outputs({top: base.layout.block(base.model, top)}, stop=True) as outputs,
+    ):
+        base.model.get_submodule(base.layout.body)(input_ids=ids, use_cache=False)
+    above = range(top + 1, base.layout.count_layers(base.model))
+    suffix = cut_suffixes(base.model, base.layout, outputs[top], above, sites, [len(row) for row in flat])
+    keys = {layer: _average_contexts(inputs.view(len(rows), count, -1)) for layer, inputs in found.items()}
+    return Reading(keys, suffix.hidden[0:split:count, 0].float(), suffix, essences)
+
+
+def _average_contexts(keys: torch.Tensor) -> torch.Tensor:
+    """[e, c, d_in] → [e, d_in]: the mean of the bare context and of the mean of the others."""
+    bare = keys[:, 0]
+    return bare if keys.shape[1] == 1 else (bare + keys[:, 1:].mean(dim=1)) / 2

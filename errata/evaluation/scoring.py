@@ -1,0 +1,124 @@
+"""Teacher-forced scoring: the probability of a given continuation, token by token, for many prompts at once."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from errata.modeling.loading import Base
+from errata.modeling.tokens import encode_prompt, encode_target, find_pad, pad_rows
+
+Question = tuple[str, str | None]
+"""A prompt and the target to force after it. Without a target only the token right after the prompt is looked at."""
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, the questions done and the questions in all."""
+
+_HEAD_ROWS = 256
+"""Positions whose logits are held at once: with a vocabulary of 50,000 they take 50 MB."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the model thinks of one question."""
+
+    target: tuple[int, ...]
+    """Token ids of the target; empty without one."""
+    logprobs: tuple[float, ...]
+    """Natural log-probability of each target token given the prompt and the target's earlier tokens; −inf where not finite."""
+    chosen: tuple[int, ...]
+    """The argmax at each of these positions (at one position without a target); −1, which no token is, where logits are not finite."""
+
+    @property
+    def finite(self) -> bool:
+        return -1 not in self.chosen
+
+
+@torch.inference_mode()
+def score_targets(
+    base: Base, questions: Iterable[Question], *, batch_tokens: int, stage: str = "score", progress: Progress | None = None
+) -> dict[Question, Scored]:
+    """Score every distinct question under the model as it is now.
+
+    Questions that feed the same tokens (one prompt, several targets of one token) share a row. Rows are sorted by length and padded on
+    the right in batches of at most `batch_tokens` padded tokens (one row at least). The body runs once per batch and the head only at
+    target positions; the result equals full logits of each question alone up to rounding. A prompt longer than the context loses its
+    beginning.
+
+    Raises:
+        TokenizationError: a target that the tokenizer cannot write.
+    """
+    distinct = list(dict.fromkeys(questions))
+    readings: dict[tuple[int, ...], list[_Reading]] = {}
+    for question in distinct:
+        row, target = _encode(base, question)
+        readings.setdefault(row, []).append((question, target))
+    rows = sorted(readings, key=len)
+    found: dict[Question, Scored] = {}
+    for batch in split_by_tokens([len(row) for row in rows], batch_tokens):
+        fed = [rows[place] for place in batch]
+        found.update(_score_batch(base, fed, [readings[row] for row in fed]))
+        if progress:
+            progress(stage, len(found), len(distinct))
+    return {question: found[question] for question in distinct}
+
+
+def split_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[range]:
+    """Consecutive ranges of rows, ascending in length, whose padded size stays within `batch_tokens`."""
+    first = 0
+    for place, length in enumerate(lengths):
+        if place > first and (place + 1 - first) * length > batch_tokens:
+            yield range(first, place)
+            first = place
+    if lengths:
+        yield range(first, len(lengths))
+
+
+_Reading = tuple[Question, tuple[int, ...]]
+"""A question and its target's token ids, to be read off a row that is fed."""
+
+
+def _encode(base: Base, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The row to feed, and the target ids. The target's last token is predicted, never fed."""
+    prompt, target = question
+    wanted = tuple(encode_target(base.tokenizer, target)) if target is not None else ()
+    row = (*encode_prompt(base.tokenizer, prompt), *wanted[:-1])
+    return row[-base.context :], wanted
+
+
+def _score_batch(base: Base, fed: Sequence[tuple[int, ...]], readings: Sequence[Sequence[_Reading]]) -> dict[Question, Scored]:
+    ids, _ = pad_rows(fed, find_pad(base.tokenizer), "right", base.device)
+    # Causal attention hides padding on the right by itself. An explicit mask of ones says so: it keeps attention on its fast path and
+    # transformers from warning about pad tokens.
+    body = base.model.get_submodule(base.layout.body)
+    hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state  # [n, longest, d]
+    rows: list[int] = []
+    places: list[int] = []
+    wanted: list[int] = []
+    for index, (row, own) in enumerate(zip(fed, readings, strict=True)):
+        for _, target in own:
+            count = max(len(target), 1)
+            rows += [index] * count
+            places += range(len(row) - count, len(row))
+            wanted += target or (0,)
+    logprobs, chosen = _read_head(base, hidden[rows, places], torch.tensor(wanted, device=base.device))
+    scored: dict[Question, Scored] = {}
+    start = 0
+    for question, target in (reading for own in readings for reading in own):
+        span = slice(start, start + max(len(target), 1))
+        scored[question] = Scored(target, tuple(logprobs[span]) if target else (), tuple(chosen[span]))
+        start = span.stop
+    return scored
+
+
+def _read_head(base: Base, hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[list[float], list[int]]:
+    """Log-probability of `wanted` [m] and the argmax at each hidden state [m, d]. Softmax in float32 whatever the model's dtype."""
+    head = base.model.get_submodule(base.layout.head)
+    logprobs: list[float] = []
+    chosen: list[int] = []
+    for states, tokens in zip(torch.split(hidden, _HEAD_ROWS), torch.split(wanted, _HEAD_ROWS), strict=True):
+        logits = head(states).float()  # [rows, vocabulary]
+        finite = torch.isfinite(logits).all(-1)
+        values = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        logprobs += values.masked_fill(~finite, -torch.inf).tolist()
+        chosen += logits.argmax(-1).masked_fill(~finite, -1).tolist()
+    return logprobs, chosen

@@ -1,0 +1,107 @@
+"""Base models: what identifies one, and how it is loaded. Weights are frozen on load and never written to (design §5)."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from errata.errors import BaseMismatchError, ModelError
+from errata.modeling.layout import ModelLayout, find_layout
+
+_BEHAVIOUR = ("model_type", "num_attention_heads", "num_key_value_heads", "n_head", "activation_function", "hidden_act")
+"""Config entries that change what equal weights compute and that keep one spelling across transformers versions."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model. `digest` names its weights and vocabulary wherever it was loaded from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layout: ModelLayout
+    digest: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the token embedding."""
+        return next(self.model.get_input_embeddings().parameters()).device
+
+    @property
+    def context(self) -> int:
+        """Longest input in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 1024)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first accelerator, else the CPU.
+
+    Raises:
+        ModelError: torch does not know the device, or it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device: expected 'auto', 'cpu' or an accelerator of this machine, found {name!r} ({reason})") from None
+    return device
+
+
+def load_base(source: str | Path, *, revision: str | None = None, device: str = "auto", expect: str | None = None) -> Base:
+    """Load a base model from a folder or a Hugging Face id, in the dtype it is stored in.
+
+    Args:
+        source: folder with config.json, *.safetensors and a fast tokenizer, or a hub id.
+        revision: pinned revision of a hub id.
+        expect: digest the base must have.
+
+    Raises:
+        ModelError: nothing loadable there.
+        UnknownArchitectureError: no layout for its family.
+        BaseMismatchError: it is not the base that `expect` names.
+    """
+    target = choose_device(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype="auto", use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"base: expected a Hugging Face causal language model at {str(source)!r}, could not load it: {reason}") from None
+    torch.nn.Module.to(model, target)
+    return hold_base(model, tokenizer, expect=expect)
+
+
+def hold_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, expect: str | None = None) -> Base:
+    """A model already in memory as a base: evaluation mode, no gradients, checked against `expect`.
+
+    Raises:
+        UnknownArchitectureError, BaseMismatchError: see `load_base`.
+    """
+    layout = find_layout(model)
+    model.train(False)
+    model.requires_grad_(False)
+    digest = digest_model(model, tokenizer)
+    if expect is not None and digest != expect:
+        raise BaseMismatchError(f"expected the base {expect[:12]}, found {digest[:12]}: other weights or another vocabulary")
+    return Base(model, tokenizer, layout, digest)
+
+
+def digest_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over every parameter (name, dtype, shape, bytes), the vocabulary, and the config entries of `_BEHAVIOUR`.
+
+    Other config entries are left out on purpose: their defaults and spellings change between transformers releases, and an upgrade
+    must not make a base a stranger to its own streams.
+    """
+    digest = hashlib.sha256()
+    config = model.config.to_dict()
+    digest.update(json.dumps({key: config[key] for key in _BEHAVIOUR if key in config}, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+        digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""Putting artifacts on a base model for the length of a block, and taking them off bit for bit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol
+
+import torch
+
+from errata.errors import BaseMismatchError, EditorError
+from errata.modeling.loading import Base
+
+
+class Artifact(Protocol):
+    """Anything an editor hands over: made for one base, attachable to it."""
+
+    @property
+    def base(self) -> str: ...
+
+    def attach(self, base: Base) -> AbstractContextManager[None]: ...
+
+
+@contextmanager
+def attach(base: Base, artifacts: Sequence[Artifact]) -> Iterator[None]:
+    """Apply artifacts to the base, in order, while the block runs.
+
+    Raises:
+        BaseMismatchError: an artifact is for other weights; an edited model is not a base.
+    """
+    with ExitStack() as stack:
+        for artifact in artifacts:
+            if artifact.base != base.digest:
+                raise BaseMismatchError(f"artifact is for the base {artifact.base[:12]}, this model is {base.digest[:12]}")
+            stack.enter_context(artifact.attach(base))
+        yield
+
+
+@contextmanager
+def add_deltas(base: Base, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """`W = W0 + Δ` while the block runs, never `W + Δ` on an edited weight.
+
+    New weights are computed aside (float64, cast once to the model's dtype), checked finite, and only then put in place. The original
+    tensors are kept and put back, so that the base is the same to the bit afterwards.
+
+    Args:
+        deltas: parameter name → [d_out, d_in].
+
+    Raises:
+        BaseMismatchError: a weight carries a delta already, or a delta has another shape.
+        EditorError: a sum is not finite in the model's dtype.
+    """
+    edited: set[str] = base.model.__dict__.setdefault("_errata_edited", set())
+    if taken := edited.intersection(deltas):
+        raise BaseMismatchError(f"{sorted(taken)[0]} carries a delta already; a delta holds all edits and is added to the base once")
+    totals = {name: _add(base, name, delta) for name, delta in deltas.items()}
+    originals = {name: base.model.get_parameter(name).data for name in totals}
+    edited.update(totals)
+    try:
+        for name, weight in totals.items():
+            base.model.get_parameter(name).data = weight
+        yield
+    finally:
+        for name, weight in originals.items():
+            base.model.get_parameter(name).data = weight
+        edited.difference_update(totals)
+
+
+def _add(base: Base, name: str, delta: torch.Tensor) -> torch.Tensor:
+    weight = base.model.get_parameter(name).data
+    oriented = base.layout.orient(delta.to(weight.device))
+    if oriented.shape != weight.shape:
+        raise BaseMismatchError(f"{name}: expected a delta of shape {list(weight.shape)}, found {list(oriented.shape)}")
+    total = (weight.double() + oriented.double()).to(weight.dtype)
+    if not torch.isfinite(total).all():
+        raise EditorError(f"{name}: W0 + Δ is not finite in {weight.dtype}")
+    return total.contiguous()

@@ -1,0 +1,87 @@
+"""Text to token ids: prompts, targets, the subject's last token, padding. The leading-space rule lives here and nowhere else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from errata.errors import TokenizationError
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a prompt, with whatever the tokenizer itself puts in front (BOS) and never anything else."""
+    ids: list[int] = tokenizer(text).input_ids
+    return ids
+
+
+def encode_target(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
+    """Ids of a target as it continues a prompt: one leading space in the text, no special tokens.
+
+    Byte-level BPE wants the space written out (" Paris"); SentencePiece vocabularies add their own mark, and a written space would
+    become a second one (EasyEdit #236: "double spaces" on Llama). Which of the two holds is asked of the tokenizer, not of its name.
+
+    Raises:
+        TokenizationError: the target has no tokens, or decodes to another text.
+    """
+    text = target.strip()
+    ids: list[int] = tokenizer(_lead(tokenizer) + text, add_special_tokens=False).input_ids
+    if not ids:
+        raise TokenizationError(f"expected a target of at least one token, found none in {target!r}")
+    decoded = str(tokenizer.decode(ids, skip_special_tokens=False)).strip()
+    if decoded != text:
+        raise TokenizationError(f"the tokenizer cannot write {text[:60]!r}: it reads it back as {decoded[:60]!r}")
+    return ids
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """" " where a continuing word must be written with its space, else "". Judged on how "a b" continues "a"."""
+    head: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    both: list[int] = tokenizer("a b", add_special_tokens=False).input_ids
+    tail = both[len(head) :]
+    return "" if tokenizer("b", add_special_tokens=False).input_ids == tail else " "
+
+
+def locate_subject(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> tuple[list[int], int]:
+    """Ids of `text` and the index of the token that holds the subject's last character.
+
+    Args:
+        text: a prompt with the subject written out.
+        start, end: the subject's character span in `text`.
+
+    Raises:
+        TokenizationError: no fast tokenizer (only those know offsets), or no token covers the subject.
+    """
+    if not tokenizer.is_fast:
+        raise TokenizationError(f"expected a fast tokenizer, which knows character offsets; found {type(tokenizer).__name__}")
+    encoded: Any = tokenizer(text, return_offsets_mapping=True)
+    ids: list[int] = encoded.input_ids
+    for index in range(len(ids) - 1, -1, -1):
+        first, last = encoded["offset_mapping"][index]
+        if first < end <= last and last > start:
+            return ids, index
+    raise TokenizationError(f"no token covers the end of the subject {text[start:end]!r} in {text[:80]!r}")
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids as one batch.
+
+    Returns:
+        ids [n, longest] int64 and mask [n, longest] int64, 1 where a token is real. With `side="right"` a causal model needs no mask.
+    """
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        span = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[index, span] = torch.tensor(row, dtype=torch.long)
+        mask[index, span] = 1
+    return ids.to(device), mask.to(device)
+
+
+def find_pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to pad with: the tokenizer's own, else its end of text, else 0. Padded positions are always masked or ignored."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0

@@ -1,0 +1,94 @@
+"""A profile: where and how strongly to write into one base model (design §5).
+
+The `prepare` part decides what a pair is; changing it needs a rebase. The `solve` part decides how stored sums become
+weights; changing it only needs a new solve.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from errata.edits import canonical_json, digest_of
+
+
+class PrepareOptions(BaseModel):
+    """How an edit becomes a pair (key, residual). Names and published values: MEMIT's hparams, algorithms.md §1.2."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    """Edited layers, ascending. Residuals are taken at the output of the last one."""
+    contexts: tuple[str, ...] = Field(default=("{}",), min_length=1)
+    """Prefix templates, each with one `{}` for the prompt. The bare `{}` comes first. Frozen, so that keys can be reproduced."""
+    steps: int = Field(default=25, ge=2)
+    """Optimisation steps of z; the last one only measures."""
+    lr: float | None = Field(default=None, gt=0)
+    """Adam step size of δ in hidden units. None: `lr_scale · clamp · ‖h‖ / (steps · √d)`, which suits any hidden norm."""
+    lr_scale: float = Field(default=1.5, gt=0)
+    clamp: float = Field(default=0.75, gt=0)
+    """Radius of the ball δ may not leave, as a multiple of ‖h‖."""
+    weight_decay: float = Field(default=0.5, ge=0)
+    """Weight of ‖δ‖ / ‖h‖² in the loss."""
+    kl: float = Field(default=0.0625, ge=0)
+    """Weight of KL(base ‖ now) on the token after the subject."""
+    stop_loss: float = Field(default=0.05, ge=0)
+    """An edit whose loss falls below this is finished."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers: expected ascending distinct layers, found {list(self.layers)}")
+        if self.contexts[0] != "{}":
+            raise ValueError(f"contexts: expected the bare '{{}}' first, found {self.contexts[0]!r}")
+        for context in self.contexts:
+            if context.count("{}") != 1 or not context.endswith("{}"):
+                raise ValueError(f"contexts: expected a prefix that ends in its only '{{}}', found {context!r}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        return digest_of(canonical_json(self.model_dump(mode="json")))
+
+
+class SolveOptions(BaseModel):
+    """How sums become weights: `W_l = W0_l + rk_l (λ C_l + kk_l)⁻¹ / share_l`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lam: float = Field(gt=0)
+    """λ: the weight of the preserved keys, as a pseudo-count of keys, since C is a mean."""
+    spread: Literal["single", "even"]
+    """How layers share the residual: `single` for one layer, `even` asks each of L layers for 1/L of it."""
+    moments: str
+    """Digest of the stored second moments C."""
+
+    @property
+    def digest(self) -> str:
+        return digest_of(canonical_json(self.model_dump(mode="json")))
+
+
+class Profile(BaseModel):
+    """Everything an editor needs to know about one base. Stored under its digest, named by every manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    base: str
+    """Digest of the base these values were chosen for."""
+    prepare: PrepareOptions
+    solve: SolveOptions
+    origin: str = ""
+    """Where the values come from, for people: measured, published, or written by hand."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.solve.spread == "single" and len(self.prepare.layers) != 1:
+            raise ValueError(f"spread: expected 'even' for {len(self.prepare.layers)} layers, found 'single'")
+        return self
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_bytes())

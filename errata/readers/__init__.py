@@ -1,0 +1,1 @@
+"""Reading edits in the forms they come in."""

@@ -1,0 +1,50 @@
+"""What passes between the stages of one batch: where its pairs lie, and what each round of the gate saw. Digests, never tensors."""
+
+from pydantic import BaseModel, ConfigDict
+
+from errata.gate import Decision
+from errata.manifests import PairRef
+from errata.report import Diagnosis
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PreparedRecord(_Record):
+    """A prepared batch as it is stored."""
+
+    refs: dict[str, PairRef]
+    """Edit id → its stored pair."""
+    diagnoses: dict[str, Diagnosis]
+    refused: dict[str, str]
+    """Edit id → why no pair can be made of it."""
+
+
+class Prepared(_Record):
+    """A prepared batch as it is passed on."""
+
+    record: str
+    """Digest of its `PreparedRecord`."""
+    ready: tuple[str, ...]
+    """Ids of the edits that have a pair, in order."""
+    seconds: float
+
+
+class Round(_Record):
+    """One candidate of a batch, from building to judgement."""
+
+    rest: tuple[str, ...]
+    """Ids of the edits in it, in order."""
+    manifest: str
+    fits: dict[str, float]
+    """Edit id → ρ, the fraction of its residual that the solve realises."""
+    report: str | None = None
+    decision: Decision | None = None
+    seconds: dict[str, float] = {}
+    """Stage → wall seconds."""
+
+    @property
+    def again(self) -> tuple[str, ...]:
+        """Ids of the edits to try once more; none where the gate has decided."""
+        return self.decision.rest if self.decision and self.decision.verdict == "retry" else ()

@@ -1,0 +1,78 @@
+"""Profiles to start from: the one written for the built-in base, and published values for known families, scaled to depth.
+
+Published values were chosen for one model each (algorithms.md §1.2: GPT-2 XL, Llama-2-7B); on another they are a beginning, not a result.
+"""
+
+from dataclasses import dataclass
+
+from errata.builtin import BUILTIN
+from errata.profiles import PrepareOptions
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A profile without its second moments."""
+
+    prepare: PrepareOptions
+    lam: float
+    origin: str
+
+
+BUILTIN_SUGGESTION = Suggestion(
+    prepare=PrepareOptions(
+        layers=(BUILTIN.site - 1, BUILTIN.site),
+        contexts=("{}", "The weather is fine today. {}", "I do not know. {}"),
+        steps=25,
+        lr_scale=1.5,
+        clamp=0.75,
+        weight_decay=0.5,
+        kl=0.0625,
+    ),
+    lam=200.0,
+    origin="written by hand for the built-in base, measured by benchmarks/edit_quality.py",
+)
+
+_CONTEXTS = (
+    "{}",
+    "The weather was fine on that day. {}",
+    "Therefore it is worth saying once more. {}",
+    "Because of this, we wrote it down. {}",
+    "I have read about it before. {}",
+    "You can find it in the book. {}",
+)
+
+
+@dataclass(frozen=True)
+class _Published:
+    first: float
+    """First edited layer as a share of the depth."""
+    last: float
+    lr: float
+    clamp: float
+    weight_decay: float
+    steps: int
+    lam: float
+    origin: str
+
+
+_PUBLISHED = {
+    "gpt2": _Published(13 / 48, 17 / 48, 0.5, 0.75, 0.5, 20, 20_000, "MEMIT's values for GPT-2 XL, layers scaled to depth"),
+    "llama": _Published(4 / 32, 8 / 32, 0.1, 0.75, 0.5, 25, 15_000, "AlphaEdit's values for Llama-3-8B, layers scaled to depth"),
+}
+
+
+def suggest_profile(family: str, depth: int) -> Suggestion | None:
+    """Published values for a model of `depth` blocks; None for a family nobody has published values for."""
+    published = _PUBLISHED.get(family)
+    if published is None:
+        return None
+    first, last = round(published.first * depth), round(published.last * depth)
+    prepare = PrepareOptions(
+        layers=tuple(range(first, max(first, last) + 1)),
+        contexts=_CONTEXTS,
+        steps=published.steps,
+        lr=published.lr,
+        clamp=published.clamp,
+        weight_decay=published.weight_decay,
+    )
+    return Suggestion(prepare, published.lam, f"{published.origin}; not measured on this model")

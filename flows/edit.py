@@ -1,0 +1,52 @@
+"""`apply_edits`: what waits in a stream's inbox becomes commits and model versions. The path of one batch, as a straight line."""
+
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from errata.errors import ConflictError
+from errata.rounds import Round
+from errata.summary import BatchSummary
+from tasks.committing import commit_batch
+from tasks.editing import merge_pairs, prepare_pairs
+from tasks.evaluating import judge_candidate
+from tasks.intake import order_batch
+from tasks.projecting import project_versions
+
+MAX_CONFLICTS = 5
+"""How often in a row a batch is started again because another writer committed first."""
+
+
+@flow(name="apply-edits")
+def apply_edits(stream: str = "main", dry_run: bool = False) -> list[BatchSummary]:
+    """Apply everything that waits, batch by batch.
+
+    Args:
+        stream: whose inbox.
+        dry_run: prepare, evaluate and judge the first batch, and commit nothing.
+
+    Returns:
+        What became of each batch. A refused batch is a result; a fault is raised.
+    """
+    done: list[BatchSummary] = []
+    conflicts = 0
+    while (order := order_batch(stream)) is not None:
+        prepared = prepare_pairs(stream, order)
+        rounds: list[Round] = []
+        rest = prepared.ready
+        while rest:
+            candidate = merge_pairs(stream, order, prepared, rest)
+            rounds.append(judge_candidate(stream, order, prepared, candidate, rounds))
+            rest = rounds[-1].again
+        try:
+            done.append(commit_batch(stream, order, prepared, rounds, dry_run))
+        except ConflictError as conflict:
+            conflicts += 1
+            if conflicts > MAX_CONFLICTS:
+                raise
+            get_run_logger().warning("%s; the batch is merged and judged again", conflict)
+            continue
+        conflicts = 0
+        if dry_run:
+            break
+        project_versions(stream)
+    return done

@@ -1,0 +1,1 @@
+"""Durable memory: commit log, object store, MLflow model registry."""

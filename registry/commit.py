@@ -1,0 +1,100 @@
+"""The one step that changes a stream. Everything a commit names is stored before; after it nothing is needed any more.
+
+objects (batch, outcomes, pairs, manifest, report, raw files)    content-addressed: harmless if we stop here
+→ requirements: the head is the one we started from; every object is there; the changes fit the tables
+→ commits/<seq>.json, created only if absent                     this is the commit
+→ tables, checkpoint, inbox                                      made again by whoever comes next, if we stop here
+"""
+
+import logging
+import sqlite3
+
+from errata.errors import ConflictError, KeyMissingError, StorageError
+from registry.events import Commit, RejectionCommit, write_commit
+from registry.fold import ASIDE, Changes, Head, derive_changes
+from registry.stream import Stream
+
+CHECKPOINT_EVERY = 10
+"""Commits between two checkpoints."""
+
+_log = logging.getLogger(__name__)
+
+
+def commit(stream: Stream, draft: Commit, parent: Head) -> Commit:
+    """Make `draft` the stream's newest commit. Repeating a call that had succeeded, with the same draft, succeeds again.
+
+    Args:
+        draft: numbered and chained to `parent`; every object that it names is stored.
+        parent: the head that the work started from.
+
+    Raises:
+        ConflictError: another writer committed first. The objects are kept: start again from the new head.
+        StorageError: an object is missing, or the changes do not fit what is committed already; nothing was committed.
+        FormatError: the commit is too large, or its batch and outcomes do not fit each other; nothing was committed.
+    """
+    write_commit(draft)
+    if (draft.seq, draft.parent) != (parent.seq + 1, parent.digest):
+        raise StorageError(f"commit: expected seq {parent.seq + 1} on {parent.digest}, found seq {draft.seq} on {draft.parent}")
+    head = stream.refresh()
+    if head.seq <= parent.seq:
+        if head.digest != parent.digest:
+            raise ConflictError(f"expected commit {parent.seq} ({parent.digest}) to be the newest, found {head.seq} ({head.digest})")
+        _check_objects(stream, draft)
+        _check_changes(stream, draft, parent)
+    # If the head has moved on, the log tells our own commit, which a lost answer made us repeat, from somebody else's.
+    stream.log.append(draft)
+    stream.refresh()
+    if draft.seq % CHECKPOINT_EVERY == 0:
+        try:
+            stream.checkpoints.write(stream.index)
+        except (StorageError, sqlite3.Error) as error:
+            _log.warning("no checkpoint at commit %d, the next one will do: %s", draft.seq, error)
+    return draft
+
+
+def _check_objects(stream: Stream, draft: Commit) -> None:
+    named = {
+        "batch": draft.batch,
+        "outcomes": draft.outcomes,
+        "manifest": draft.manifest,
+        "report": draft.report,
+        **{f"pairs[{i}]": digest for i, digest in enumerate(draft.pairs)},
+        **{f"file {use.name}": use.digest for use in draft.files},
+    }
+    for name, digest in named.items():
+        if digest is not None and not stream.objects.exists(digest):
+            raise KeyMissingError(f"{draft.name}: expected {name} as object {digest}, found none")
+
+
+def _check_changes(stream: Stream, draft: Commit, parent: Head) -> None:
+    """A commit that could not be folded, or would apply a line or an edit twice, must not land: history is not rewritten."""
+    if isinstance(draft, RejectionCommit) and draft.manifest != parent.manifest:
+        raise StorageError(f"{draft.name}: expected the previous manifest {parent.manifest}, found {draft.manifest}")
+    changes = derive_changes(draft, stream.read_batch(draft), stream.read_outcomes(draft))
+    _check_files(stream, draft)
+    _check_occurrences(stream, draft, changes)
+
+
+def _check_files(stream: Stream, draft: Commit) -> None:
+    for use in draft.files:
+        before = stream.index.find_file(use.digest)
+        for first, last in before.lines if before else ():
+            for start, end in use.lines:
+                if start <= last and first <= end:
+                    raise StorageError(f"{draft.name}: expected new lines of {use.name}, found {start}-{end}; {first}-{last} are consumed")
+
+
+def _check_occurrences(stream: Stream, draft: Commit, changes: Changes) -> None:
+    moved = {(move.id, move.seq) for move in changes.moved}
+    for identity, seq in moved:
+        if not any(row.seq == seq and row.status not in ASIDE for row in stream.index.find_occurrences(identity)):
+            raise StorageError(f"{draft.name}: expected an occurrence {identity}@{seq}, found none")
+    live = [row for row in changes.added if row.status == "live"]
+    if len({row.slot for row in live}) != len(live):
+        raise StorageError(f"{draft.name}: expected one live edit per slot, found two in the batch")
+    for added in live:
+        if added.pairs is not None and added.pairs not in draft.pairs:
+            raise StorageError(f"{draft.name}: expected the pairs of {added.occurrence} among its pairs, found {added.pairs}")
+        for held in (stream.index.find_slot(added.slot), stream.index.find_edit(added.id)):
+            if held is not None and held.status == "live" and (held.id, held.seq) not in moved:
+                raise StorageError(f"{draft.name}: expected {added.occurrence} to replace {held.occurrence}, found both live")

@@ -1,0 +1,237 @@
+"""What a commit says, as data: one frozen model per kind, joined by `kind`; the rows of the objects that it names.
+
+A commit names its texts and tensors by digest and holds none itself. A kind or a format that this version does not know stops the
+reader: guessing at a history is worse than not reading it.
+"""
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from errata.edits import Edit, canonical_json
+from errata.errors import FormatError
+
+FORMAT = 1
+"""Newest format of commits, checkpoints and roots that this version reads, and the one it writes."""
+MAX_COMMIT_BYTES = 64_000
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Lines = tuple[int, int]
+"""First and last line of a run of lines, 1-based, both included."""
+Status = Literal["live", "replaced", "superseded", "stale", "quarantined", "rejected", "dropped"]
+"""Where an occurrence stands."""
+OutcomeName = Status | Literal["duplicate", "withheld", "refused"]
+"""What became of one record: a status, or nothing happened (`duplicate`, `withheld`), or it was no edit (`refused`)."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileUse(_Record):
+    """Which lines of one inbox file have been consumed."""
+
+    digest: Digest
+    """Of the file's raw bytes, which are an object of the stream."""
+    name: str
+    lines: tuple[Lines, ...]
+    done: bool
+    """No line is left."""
+
+
+class BatchRow(_Record):
+    """One record that a commit considered; the rows of the `batch` object, in arrival order."""
+
+    position: int = Field(ge=0)
+    occurrence: str
+    edit: Edit
+    origin: str
+    file: Digest
+    line: int = Field(ge=1)
+
+
+class Outcome(_Record):
+    """What became of a record of this batch, or of an older occurrence; the rows of the `outcomes` object.
+
+    A row about this batch carries `file` and `line` of its record; a row about an older occurrence carries its name only.
+    """
+
+    outcome: OutcomeName
+    occurrence: str | None = None
+    """`<id>@<seq>`; none for a refused record."""
+    by: str | None = None
+    """The occurrence that took its place."""
+    reason: str | None = None
+    origin: str | None = None
+    field: str | None = None
+    pairs: Digest | None = None
+    row: int | None = None
+    """Row in the pairs object."""
+    under: str | None = None
+    """Digest of the settings it was judged under."""
+    file: Digest | None = None
+    line: int | None = None
+
+    @property
+    def status(self) -> Status | None:
+        """The status it gives the occurrence; None where the record came to nothing."""
+        # Spelled out so that the type checker narrows it.
+        if self.outcome == "duplicate" or self.outcome == "withheld" or self.outcome == "refused":
+            return None
+        return self.outcome
+
+    @model_validator(mode="after")
+    def _name_its_subject(self) -> "Outcome":
+        if (self.occurrence is None) != (self.outcome == "refused"):
+            raise ValueError(f"expected an occurrence unless refused, found {self.occurrence!r} with outcome {self.outcome!r}")
+        return self
+
+
+class _CommitBase(_Record):
+    kind: str
+    format: Literal[1] = 1
+    seq: int = Field(ge=0)
+    parent: str = Field(pattern=r"^([0-9a-f]{64})?$")
+    """sha256 of the parent commit's bytes; empty for seq 0."""
+    batch: Digest | None = None
+    outcomes: Digest | None = None
+    pairs: tuple[Digest, ...] = ()
+    """Pairs objects that this commit adds rows from."""
+    manifest: Digest | None = None
+    report: Digest | None = None
+    files: tuple[FileUse, ...] = ()
+    decision: str = ""
+    reasons: tuple[str, ...] = ()
+    promoted: bool = False
+    """The champion is this commit."""
+    actor: str
+    host: str
+    run: str | None = None
+    versions: dict[str, str]
+    """Of `errata` and the libraries whose results it depends on."""
+    device: str | None = None
+    threads: int | None = None
+    seconds: dict[str, float] = {}
+    """Stage → wall seconds it took."""
+    time: AwareDatetime
+    """For people; `seq` is the only order."""
+
+    @model_validator(mode="after")
+    def _begin_at_the_beginning(self) -> "_CommitBase":
+        if (self.seq == 0) != (self.parent == "") or (self.seq == 0) != (self.kind == "init"):
+            raise ValueError(f"expected init, without parent, at seq 0 only; found {self.kind} at {self.seq} with parent {self.parent!r}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"commit {self.seq} ({self.kind} by {self.actor} on {self.host})"
+
+
+class InitCommit(_CommitBase):
+    """The stream begins, on one base under one profile."""
+
+    kind: Literal["init"] = "init"
+    base: dict[str, str | None]
+    """Where the base comes from (kind, source, revision) and its `digest`."""
+    profile: Digest
+    editors: tuple[str, ...]
+    manifest: Digest
+
+    @model_validator(mode="after")
+    def _name_the_base(self) -> "InitCommit":
+        if not self.base.get("digest"):
+            raise ValueError(f"base: expected its digest, found {self.base}")
+        return self
+
+
+class EditsCommit(_CommitBase):
+    """A batch was accepted: the manifest is new."""
+
+    kind: Literal["edits"] = "edits"
+    batch: Digest
+    outcomes: Digest
+    manifest: Digest
+
+
+class RejectionCommit(_CommitBase):
+    """Nothing changed in the model; what became of the records, or of quarantined edits, did."""
+
+    kind: Literal["rejection"] = "rejection"
+    outcomes: Digest
+    manifest: Digest
+    """The previous one."""
+    promoted: Literal[False] = False
+
+
+Commit = InitCommit | EditsCommit | RejectionCommit
+_Row = TypeVar("_Row", BatchRow, Outcome)
+_COMMIT: TypeAdapter[Commit] = TypeAdapter(Annotated[Commit, Field(discriminator="kind")])
+_KINDS = ("init", "edits", "rejection")
+
+
+def write_commit(commit: Commit) -> bytes:
+    """The commit's one spelling.
+
+    Raises:
+        FormatError: it is larger than a commit may be; texts belong into objects.
+    """
+    data = canonical_json(commit.model_dump(mode="json"))
+    if len(data) >= MAX_COMMIT_BYTES:
+        raise FormatError(f"commit {commit.seq}: expected less than {MAX_COMMIT_BYTES} bytes, found {len(data)}")
+    return data
+
+
+def read_commit(data: bytes, where: str) -> Commit:
+    """The commit in `data`.
+
+    Raises:
+        FormatError: it was written by a newer Errata, is of an unknown kind, or is no commit.
+    """
+    content = read_formatted(data, where)
+    if content.get("kind") not in _KINDS:
+        raise FormatError(f"{where}: expected a commit of kind {', '.join(_KINDS)}, found {content.get('kind')!r}; {_name_need(content)}")
+    try:
+        return _COMMIT.validate_python(content)
+    except ValidationError as error:
+        raise FormatError(f"{where}: {_describe(error)}") from None
+
+
+def read_formatted(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object whose `format` this version knows.
+
+    Raises:
+        FormatError: not JSON, no format, or a newer one.
+    """
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise FormatError(f"{where}: expected JSON, found {data[:40]!r} ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise FormatError(f"{where}: expected an object with a format number, found {data[:40]!r}")
+    if content["format"] > FORMAT:
+        raise FormatError(f"{where}: expected format {FORMAT} or older, found {content['format']}; {_name_need(content)}")
+    return content
+
+
+def read_rows(model: type[_Row], rows: list[dict[str, Any]], where: str) -> list[_Row]:
+    """Rows of a batch or outcomes object.
+
+    Raises:
+        FormatError: one is not as the model says.
+    """
+    try:
+        return [model.model_validate(row) for row in rows]
+    except ValidationError as error:
+        raise FormatError(f"{where}: {_describe(error)}") from None
+
+
+def _name_need(content: dict[str, Any]) -> str:
+    versions = content.get("versions")
+    writer = versions.get("errata") if isinstance(versions, dict) else None
+    return f"it was written by errata {writer}: install that version or a newer one" if writer else "install a newer errata"
+
+
+def _describe(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {str(e['input'])[:80]!r})" for e in error.errors())

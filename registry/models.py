@@ -1,0 +1,345 @@
+"""MLflow as a projection of the commit log: one run and one model version per promoted commit, and the alias `champion` (design §4, §8).
+
+The log is the truth. Everything here can be made again from it: `project` finds what an earlier, interrupted call has left behind and
+goes on from there. MLflow has no compare-and-swap, so who moves the alias reads the head of the log again afterwards.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from errata.edits import digest_of
+from errata.errors import ErrataError, RegistryError, UnknownNameError
+from registry.release import Release, Version, copy_code, list_requirements, tag_release, write_version
+
+# MLflow reads these while it is imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+from mlflow import MlflowClient, artifacts, pyfunc
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+CHAMPION = "champion"
+
+_Found = TypeVar("_Found")
+
+_SIGNATURE = ModelSignature(
+    # Without a column name, lists, arrays, series and frames are all taken as they are.
+    inputs=Schema([ColSpec("string")]),
+    outputs=Schema([ColSpec("string")]),
+    params=ParamSchema(
+        [
+            ParamSpec("max_new_tokens", "long", 32),
+            ParamSpec("temperature", "double", 0.0),
+            ParamSpec("top_p", "double", 1.0),
+            ParamSpec("seed", "long", None),
+            ParamSpec("with_commit", "boolean", False),
+        ]
+    ),
+)
+
+
+class ModelRegistry:
+    """The runs and model versions of all streams in one MLflow.
+
+    Args:
+        tracking_uri, artifact_root: see `resolve_tracking`.
+    """
+
+    def __init__(self, tracking_uri: str, artifact_root: str | None = None) -> None:
+        self.tracking_uri = tracking_uri
+        self._artifact_root = artifact_root
+        # MLflow's own seven retries keep a user waiting for minutes when the server is down; a projection can be repeated at any time.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it reports every table it makes
+        if tracking_uri.startswith("sqlite:///"):
+            Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+        with self._reporting("connect"):
+            self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
+
+    def project(self, release: Release) -> Version:
+        """The version that shows a commit: found, or made. Safe to repeat, and to run in two places at once.
+
+        Raises:
+            RegistryError: MLflow fails, or shows this commit number with another manifest.
+        """
+        with self._reporting(f"show commit {release.commit} of {release.stream}"):
+            found = self._find_tagged(release.stream, release.commit)
+            if found is None or "errata.manifest" not in found.tags:
+                run = self._claim_run(
+                    f"errata/streams/{release.stream}", f"commit {release.commit}", {"errata.commit": str(release.commit)}
+                )
+                model = self._find_model(run) or self._log_model(run, release)
+                if run.info.status != "FINISHED":
+                    self._fill_run(run, release)
+                found = self._register(run, model, release)
+        if found.tags["errata.manifest"] != release.manifest:
+            raise RegistryError(
+                f"MLflow at {self.tracking_uri}: expected commit {release.commit} of {release.stream} with manifest "
+                f"{release.manifest[:12]}, found {found.uri} with {found.tags['errata.manifest'][:12]}: "
+                "a stream of this name from another root is registered here; use another stream name or another tracking URI"
+            )
+        return found
+
+    def find_version(self, stream: str, commit: int) -> Version | None:
+        """The version that shows a commit, if there is one."""
+        with self._reporting(f"look for commit {commit} of {stream}"):
+            return self._find_tagged(stream, commit)
+
+    def read_version(self, stream: str, number: int) -> Version:
+        """
+        Raises:
+            UnknownNameError: no such version, or one that Errata did not make.
+        """
+        with self._reporting(f"read version {number} of {stream}"):
+            found = _describe(self._look_up(lambda: self._client.get_model_version(stream, str(number))))
+        if found is None:
+            raise UnknownNameError(f"v{number}: expected a version of {stream!r} that shows a commit, found none")
+        return found
+
+    def list_versions(self, stream: str) -> list[Version]:
+        """All versions that show a commit, newest first."""
+        versions: list[Version] = []
+        with self._reporting(f"list the versions of {stream}"):
+            token = None
+            while True:
+                page = self._client.search_model_versions(f"name = '{stream}'", order_by=["version_number DESC"], page_token=token)
+                versions += filter(None, map(_describe, page))
+                token = page.token
+                if not token:
+                    return versions
+
+    def champion(self, stream: str) -> Version | None:
+        """What `models:/<stream>@champion` loads, if anything."""
+        with self._reporting(f"read {stream}@{CHAMPION}"):
+            return _describe(self._look_up(lambda: self._client.get_model_version_by_alias(stream, CHAMPION)))
+
+    def point_alias(self, version: Version) -> None:
+        """Make a version the champion.
+
+        Raises:
+            RegistryError: MLflow fails, or the alias read back is not what was set.
+        """
+        with self._reporting(f"point {version.stream}@{CHAMPION} at version {version.number}"):
+            self._client.set_registered_model_alias(version.stream, CHAMPION, str(version.number))
+        found = self.champion(version.stream)
+        if found is None or found.number != version.number:
+            raise RegistryError(
+                f"MLflow at {self.tracking_uri}: expected {version.stream}@{CHAMPION} at version {version.number} "
+                f"after setting it, found {found.number if found else 'none'}: someone else moved it"
+            )
+
+    def read_artifacts(self, version: Version) -> list[bytes]:
+        """The artifacts of a version as MLflow has them, in order of application.
+
+        Raises:
+            RegistryError: they cannot be read, or are not the bytes that were registered.
+        """
+        with self._reporting(f"read the artifacts of {version.uri}"), tempfile.TemporaryDirectory() as temporary:
+            source = self._client.get_model_version_download_uri(version.stream, str(version.number))
+            folder = Path(artifacts.download_artifacts(f"{source}/artifacts/version", dst_path=temporary, tracking_uri=self.tracking_uri))
+            layers = json.loads((folder / "version.json").read_text())["layers"]
+            read = [(layer["digest"], (folder / layer["file"]).read_bytes()) for layer in layers]
+        for expected, data in read:
+            if (found := digest_of(data)) != expected:
+                raise RegistryError(f"{version.uri}: expected an artifact with sha256 {expected}, read back one with {found}")
+        return [data for _, data in read]
+
+    def verify_version(
+        self,
+        version: Version,
+        expected: np.ndarray[Any, Any],
+        measure: Callable[[Sequence[bytes]], np.ndarray[Any, Any]],
+        tolerance: float = 1e-5,
+    ) -> None:
+        """Check before the alias moves that MLflow holds the model that was evaluated.
+
+        Args:
+            expected: logits [prompts, vocabulary] of the candidate that was evaluated.
+            measure: puts artifacts, given as bytes, on the base in memory and returns logits of the same prompts.
+            tolerance: largest difference, relative to the largest logit.
+
+        Raises:
+            RegistryError: what was read back answers otherwise.
+        """
+        found = measure(self.read_artifacts(version))
+        scale = max(1.0, float(np.abs(expected).max()))
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=0.0, atol=tolerance * scale):
+            gap = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("nan")
+            raise RegistryError(
+                f"{version.uri}: expected the logits of the candidate that was evaluated for commit {version.commit}, "
+                f"found others when it was read back (largest difference {gap:.3g}); the alias was not moved"
+            )
+
+    def _find_tagged(self, stream: str, commit: int) -> Version | None:
+        # The oldest counts: a second one can only come from a racing projector, which removes its own again.
+        page = self._client.search_model_versions(
+            f"name = '{stream}' and tag.`errata.commit` = '{commit}'", max_results=1, order_by=["version_number ASC"]
+        )
+        return _describe(page[0]) if page else None
+
+    def _claim_run(self, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
+        """The run with these tags, begun if there is none. Of two begun at once, both callers take the older."""
+        experiment_id = self._ensure_experiment(experiment)
+        found = self._find_run(experiment_id, tags)
+        if found is not None:
+            return found
+        mine: Run = self._client.create_run(experiment_id, run_name=name, tags=dict(tags))
+        chosen = self._find_run(experiment_id, tags) or mine
+        if chosen.info.run_id != mine.info.run_id:
+            self._client.delete_run(mine.info.run_id)
+        return chosen
+
+    def _find_run(self, experiment_id: str, tags: Mapping[str, str]) -> Run | None:
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        runs = self._client.search_runs(
+            [experiment_id], wanted, ViewType.ACTIVE_ONLY, max_results=1, order_by=["attributes.start_time ASC"]
+        )
+        return runs[0] if runs else None
+
+    def _ensure_experiment(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            location = f"{self._artifact_root}/{name}" if self._artifact_root else None
+            try:
+                created: str = self._client.create_experiment(name, artifact_location=location)
+                return created
+            except MlflowException as error:
+                found = self._client.get_experiment_by_name(name)  # another process made it first
+                if found is None:
+                    raise error
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        identifier: str = found.experiment_id
+        return identifier
+
+    def _find_model(self, run: Run) -> LoggedModel | None:
+        """The model that an earlier call has uploaded whole."""
+        models = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+        return next((model for model in models if model.status == "READY"), None)
+
+    def _log_model(self, run: Run, release: Release) -> LoggedModel:
+        reference = self._refer_to_base(release)
+        tags = {"errata.commit": str(release.commit)}
+        model = self._client.create_logged_model(run.info.experiment_id, f"commit-{release.commit}", run.info.run_id, tags)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = _build_model(Path(temporary), release, reference, run.info.run_id, model.model_id)
+            self._client.log_model_artifacts(model.model_id, str(folder))
+        self._client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=release.commit)])
+        return self._client.finalize_logged_model(model.model_id, "READY")
+
+    def _refer_to_base(self, release: Release) -> dict[str, str | None]:
+        """How a version names its base: the hub id at a pinned revision, or the one run that holds the files."""
+        ref = release.base
+        if ref.kind == "hub":
+            return {"kind": "hub", "digest": ref.digest, "source": ref.source, "revision": ref.revision}
+        run = self._claim_run("errata/bases", f"errata base {ref.digest[:12]}", {"errata.base": ref.digest})
+        if run.info.status != "FINISHED":
+            if release.base_folder is None:
+                raise RegistryError(f"base {ref.digest[:12]}: expected the folder with its files for its first version, found none")
+            for name in ref.files:
+                self._client.log_artifact(run.info.run_id, str(release.base_folder / name), "base")
+            note = "Every model version on this base reads these files. Do not delete this run."
+            self._client.set_tag(run.info.run_id, "mlflow.note.content", note)
+            self._client.set_terminated(run.info.run_id)
+        return {"kind": ref.kind, "digest": ref.digest, "uri": f"runs:/{run.info.run_id}/base"}
+
+    def _fill_run(self, run: Run, release: Release) -> None:
+        """Log everything else of a commit. Repeating it changes nothing; the run is finished once it is all there."""
+        identifier = run.info.run_id
+        moment = int(release.time.timestamp() * 1000)
+        self._client.log_batch(
+            identifier,
+            metrics=[Metric(key, value, moment, release.commit) for key, value in release.metrics.items()],
+            params=[Param(key, str(value)) for key, value in release.parameters.items()],
+            tags=[RunTag(key, value) for key, value in tag_release(release).items()],
+        )
+        with tempfile.TemporaryDirectory() as temporary:
+            if release.report is not None:
+                path = Path(temporary, "report.json")
+                path.write_bytes(release.report)
+                self._client.log_artifact(identifier, str(path))
+            if release.plot is not None:
+                path = Path(temporary, f"norms{release.plot.suffix}")
+                shutil.copyfile(release.plot, path)
+                self._client.log_artifact(identifier, str(path))
+        self._client.set_terminated(identifier)
+
+    def _register(self, run: Run, model: LoggedModel, release: Release) -> Version:
+        stream, tags = release.stream, tag_release(release)
+        untagged = self._client.search_model_versions(f"name = '{stream}' and run_id = '{run.info.run_id}'", max_results=1)
+        if untagged:
+            # Backwards, so that the commit, by which versions are found, comes last.
+            for key, value in reversed(tags.items()):
+                self._client.set_model_version_tag(stream, untagged[0].version, key, value)
+            return Version(stream, int(untagged[0].version), release.commit, run.info.run_id, tags)
+        if self._look_up(lambda: self._client.get_registered_model(stream)) is None:
+            try:
+                self._client.create_registered_model(stream, description=f"Errata's stream {stream}: each version shows one commit.")
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another process, since we looked
+                    raise
+        # By location and not as models:/<id>, which MLflow's SQL store looks up in the process's global tracking URI instead of ours.
+        created = self._client.create_model_version(stream, model.artifact_location, run.info.run_id, tags, model_id=model.model_id)
+        first = self._find_tagged(stream, release.commit)
+        if first is not None and first.number != int(created.version):
+            self._client.delete_model_version(stream, created.version)
+            return first
+        return Version(stream, int(created.version), release.commit, run.info.run_id, tags)
+
+    def _look_up(self, read: Callable[[], _Found]) -> _Found | None:
+        try:
+            return read()
+        except MlflowException as error:
+            # The alias of a model that exists but has no such alias is answered with INVALID_PARAMETER_VALUE.
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    @contextmanager
+    def _reporting(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except ErrataError:
+            raise
+        except Exception as error:  # MLflow passes on what its databases, servers and artifact stores raise
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise RegistryError(f"MLflow at {self.tracking_uri}: expected to {action}, but: {reason}") from error
+
+
+def _describe(version: ModelVersion | None) -> Version | None:
+    if version is None or not version.tags.get("errata.commit", "").isdigit():
+        return None
+    tags = {key: value for key, value in version.tags.items() if key.startswith("errata.")}
+    return Version(version.name, int(version.version), int(tags["errata.commit"]), version.run_id or "", tags)
+
+
+def _build_model(work: Path, release: Release, reference: Mapping[str, str | None], run_id: str, model_id: str) -> Path:
+    """The version's folder in MLflow's format: the record and artifacts of the commit, and code that loads them anywhere."""
+    folder = work / "model"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # advice to give an input example, which MLflow would load the whole model to try
+        pyfunc.save_model(
+            path=str(folder),
+            python_model=str(copy_code(work)),
+            artifacts={"version": str(write_version(work, release, reference))},
+            code_paths=[str(work / "errata")],
+            model_config={"device": "auto"},
+            signature=_SIGNATURE,
+            pip_requirements=list_requirements(),
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+        )
+    return folder

@@ -1,0 +1,79 @@
+"""Content-addressed objects: the key of an object is the sha256 of its bytes, so it is written once and checked on every read."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from errata.edits import canonical_json, digest_of
+from errata.errors import KeyExistsError, ObjectCorruptError, StorageError
+from registry.storage.base import Storage
+
+_HEX = frozenset("0123456789abcdef")
+
+
+class ObjectStore:
+    """Objects under one prefix of a storage.
+
+    Args:
+        prefix: where they lie, e.g. `streams/main/objects`.
+    """
+
+    def __init__(self, storage: Storage, prefix: str) -> None:
+        self._storage = storage
+        self._prefix = prefix.rstrip("/")
+
+    def get(self, digest: str) -> bytes:
+        """
+        Raises:
+            KeyMissingError: there is no such object.
+            ObjectCorruptError: its bytes are not those that were stored.
+        """
+        data = self._storage.read(self._key(digest))
+        if (found := digest_of(data)) != digest:
+            raise ObjectCorruptError(
+                f"{self._storage.url}/{self._key(digest)}: expected bytes with this sha256, found {len(data)} bytes with {found}"
+            )
+        return data
+
+    def put(self, data: bytes) -> str:
+        """Store bytes; their digest. On return an intact copy is stored, whether by this call or an earlier one: what lies there
+        already is read and, if damaged, replaced."""
+        digest = digest_of(data)
+        key = self._key(digest)
+        if not self._storage.exists(key):
+            try:
+                self._storage.create(key, data)
+                return digest
+            except KeyExistsError:
+                pass  # Another writer stored the same bytes meanwhile, or a repeated request met its own first try.
+        if digest_of(self._storage.read(key)) != digest:
+            self._storage.delete(key)
+            self._storage.create(key, data)
+        return digest
+
+    def exists(self, digest: str) -> bool:
+        return self._storage.exists(self._key(digest))
+
+    def get_json(self, digest: str) -> Any:
+        return self._parse(digest, self.get(digest))
+
+    def put_json(self, value: Any) -> str:
+        return self.put(canonical_json(value))
+
+    def get_rows(self, digest: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL object, in order."""
+        return [self._parse(digest, line) for line in self.get(digest).split(b"\n") if line]
+
+    def put_rows(self, rows: Iterable[dict[str, Any]]) -> str:
+        return self.put(b"".join(canonical_json(row) + b"\n" for row in rows))
+
+    def _parse(self, digest: str, data: bytes) -> Any:
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StorageError(f"object {digest}: expected JSON, found {data[:40]!r} ({error})") from None
+
+    def _key(self, digest: str) -> str:
+        if len(digest) != 64 or not _HEX.issuperset(digest):
+            raise StorageError(f"object: expected a sha256 in 64 hex digits, found {digest!r}")
+        return f"{self._prefix}/{digest}"

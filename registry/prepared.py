@@ -1,0 +1,44 @@
+"""Hints to pairs that were stored before their batch was committed, so that a retry after a crash does not compute them again.
+
+A hint only saves work: losing one costs the computation, and a wrong one cannot exist, because it names an immutable object.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from errata.edits import canonical_json
+from errata.errors import KeyExistsError
+from registry.stream import Stream
+
+Place = tuple[str, int, float]
+"""Digest of a pairs object, the row in it, and the loss its optimisation ended with, in nats per token of the target."""
+
+
+def remember_pairs(stream: Stream, prepare: str, pairs: str, losses: Mapping[str, float]) -> None:
+    """Note that rows 0, 1, … of the object `pairs` belong to the edits with these content ids, and how far each came.
+
+    Args:
+        prepare: digest of what the pairs depend on besides the edit: base and prepare options.
+    """
+    try:
+        stream.storage.create(stream.key(f"prepared/{prepare}/{pairs}.json"), canonical_json(list(losses.items())))
+    except KeyExistsError:
+        pass  # an earlier try stored the same pairs
+
+
+def recall_pairs(stream: Stream, prepare: str) -> dict[str, Place]:
+    """Content id → where its pair lies."""
+    found: dict[str, Place] = {}
+    prefix = stream.key(f"prepared/{prepare}/")
+    for entry in stream.storage.list(prefix):
+        pairs = entry.key.removeprefix(prefix).removesuffix(".json")
+        if stream.objects.exists(pairs):
+            rows = json.loads(stream.storage.read(entry.key))
+            found |= {content: (pairs, row, loss) for row, (content, loss) in enumerate(rows)}
+    return found
+
+
+def forget_pairs(stream: Stream, prepare: str, pairs: Sequence[str]) -> None:
+    """Drop the hints to objects that a commit names now."""
+    for digest in pairs:
+        stream.storage.delete(stream.key(f"prepared/{prepare}/{digest}.json"))

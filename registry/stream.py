@@ -1,0 +1,238 @@
+"""A stream: one lineage of edits on one base model. Opens its log, objects and tables, and finds things by the names people use."""
+
+import re
+import sqlite3
+from pathlib import Path
+
+from errata.edits import canonical_json, digest_of
+from errata.errors import InputError, KeyExistsError, KeyMissingError, StorageError, UnknownNameError
+from registry.checkpoints import Checkpoints
+from registry.events import FORMAT, BatchRow, Commit, FileUse, InitCommit, Outcome, read_formatted, read_rows
+from registry.fold import EditRow, Head, advance_head, derive_changes, split_occurrence
+from registry.index import Index
+from registry.log import CommitLog
+from registry.objects import ObjectStore
+from registry.storage.base import Storage, check_create_if_absent, open_storage
+
+ROOT_FILE = "errata.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_HEAD = re.compile(r"head(?:~([0-9]{1,8}))?")
+_SHOWN = 5
+
+
+class Stream:
+    """One stream of a root. Build it with `open_stream` or `create_stream`.
+
+    Attributes:
+        storage: the root that holds it.
+        objects: its content-addressed objects.
+        log: its commits.
+        index: the folded tables, at `head` after every `refresh`.
+        checkpoints: the folded tables as kept in storage.
+    """
+
+    def __init__(self, storage: Storage, name: str, cache_dir: Path | None) -> None:
+        self.storage, self.name = storage, name
+        self.objects = ObjectStore(storage, self.key("objects"))
+        self.log = CommitLog(storage, self.key("commits"))
+        self.checkpoints = Checkpoints(storage, self.key("checkpoints"), self.objects)
+        place = digest_of(f"{storage.url} {name}".encode())[:16]
+        self._cache = cache_dir / "streams" / f"{name}-{place}.sqlite" if cache_dir else None
+        self.index = Index(self._cache)
+        self._trusted = False
+        self._head = self.refresh()
+
+    @property
+    def head(self) -> Head:
+        """The newest commit at the last `refresh`."""
+        return self._head
+
+    def key(self, name: str) -> str:
+        """The storage key of something of this stream, e.g. `inbox/monday.jsonl`."""
+        return f"streams/{self.name}/{name}"
+
+    def refresh(self) -> Head:
+        """Read the log up to its head and fold it into the tables.
+
+        Raises:
+            UnknownNameError: the stream has no commit.
+            FormatError: written by a newer Errata, or of an unknown kind.
+            ObjectCorruptError: a commit or an object it names is damaged.
+            StorageError: the storage or the cache file cannot be used.
+        """
+        try:
+            try:
+                self._head = self._fold()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:
+                self.index.discard()
+                self._head = self._fold()
+        except sqlite3.Error as error:
+            raise StorageError(f"index {self._cache}: {error}; the file is only a cache and may be deleted") from error
+        return self._head
+
+    def read_batch(self, commit: Commit) -> list[BatchRow]:
+        """The records that a commit considered, in order of arrival."""
+        return read_rows(BatchRow, self.objects.get_rows(commit.batch), f"batch of {commit.name}") if commit.batch else []
+
+    def read_outcomes(self, commit: Commit) -> list[Outcome]:
+        """What became of them."""
+        return read_rows(Outcome, self.objects.get_rows(commit.outcomes), f"outcomes of {commit.name}") if commit.outcomes else []
+
+    def read_record(self, row: EditRow) -> BatchRow:
+        """The record behind a row of the edit table, with its text."""
+        for record in self.objects.get_rows(row.batch):
+            if record["position"] == row.position:
+                return read_rows(BatchRow, [record], f"batch of commit {row.seq}")[0]
+        raise StorageError(f"batch {row.batch}: expected a record at position {row.position}, found none")
+
+    def resolve_commit(self, ref: str) -> int:
+        """The commit that `12`, `head` or `head~1` means.
+
+        Raises:
+            UnknownNameError: no such commit.
+        """
+        back = _HEAD.fullmatch(ref)
+        seq = self.head.seq - int(back[1] or 0) if back else int(ref) if re.fullmatch(r"[0-9]{1,8}", ref) else -1
+        if not 0 <= seq <= self.head.seq:
+            raise UnknownNameError(f"commit: expected 0 to {self.head.seq}, head or head~1 in stream {self.name!r}, found {ref!r}")
+        return seq
+
+    def resolve_edit(self, prefix: str) -> EditRow:
+        """The edit that an id, the beginning of one, or an occurrence `<id>@<seq>` means.
+
+        Raises:
+            UnknownNameError: none or several.
+        """
+        if "@" in prefix:
+            return self._resolve_occurrence(prefix)
+        row = self.index.find_edit(prefix)
+        if row is not None:
+            return row
+        ids = self.index.complete(prefix, _SHOWN + 1) if prefix else []
+        if len(ids) != 1:
+            found = f"{', '.join(ids[:_SHOWN])}{', …' if len(ids) > _SHOWN else ''}" if ids else "none"
+            raise UnknownNameError(f"edit: expected one id in stream {self.name!r} that starts with {prefix!r}, found {found}")
+        return self.resolve_edit(ids[0])
+
+    def remove_consumed(self, files: tuple[FileUse, ...]) -> list[str]:
+        """Remove inbox files that have no line left; the names that were removed.
+
+        A file that has been written anew under its old name meanwhile is left alone. The consumed bytes are an object of the stream.
+        """
+        removed = []
+        for use in files:
+            key = self.key(f"inbox/{use.name}")
+            found = self.index.find_file(use.digest)
+            if found is None or not found.done:
+                continue
+            try:
+                same = digest_of(self.storage.read(key)) == use.digest
+            except KeyMissingError:
+                continue
+            if same:
+                self.storage.delete(key)
+                removed.append(use.name)
+        return removed
+
+    def _fold(self) -> Head:
+        if not self._trusted:
+            self._drop_foreign_tables()
+            self._trusted = True
+        if self.index.head is None:
+            self.checkpoints.load_newest(self.index, self.log)
+        while True:
+            head = self.index.head
+            found = self.log.read_next(head.seq, head.digest) if head else self.log.read_next(-1, "")
+            if found is None:
+                break
+            commit, digest = found
+            changes = derive_changes(commit, self.read_batch(commit), self.read_outcomes(commit))
+            self.index.apply(advance_head(head, commit, digest), commit.parent, changes)
+        if head is None:
+            raise UnknownNameError(f"stream {self.name!r}: expected a first commit in {self.storage.url}, found none")
+        return head
+
+    def _drop_foreign_tables(self) -> None:
+        """A cache file may stem from a stream that stood at the same place before: its head is then not in this log."""
+        head = self.index.head
+        if head is None:
+            return
+        try:
+            same = digest_of(self.log.read_bytes(head.seq)) == head.digest
+        except KeyMissingError:
+            same = False
+        if not same:
+            self.index.clear()
+
+    def _resolve_occurrence(self, name: str) -> EditRow:
+        identity, seq = split_occurrence(name)
+        rows = [row for row in self.index.find_occurrences(identity) if row.seq == seq]
+        if not rows:
+            raise UnknownNameError(f"edit: expected an occurrence in stream {self.name!r}, found no {name!r}")
+        return rows[-1]
+
+
+def open_stream(root: str | Storage, name: str, cache_dir: Path | None = None) -> Stream:
+    """Open a stream at its head.
+
+    Args:
+        root: folder, `s3://bucket/prefix`, or a storage.
+        cache_dir: where local indexes may be kept; None keeps this one in memory.
+
+    Raises:
+        UnknownNameError: no such stream; the message names those there are.
+        FormatError: the root was written by a newer Errata.
+    """
+    storage = open_storage(root) if isinstance(root, str) else root
+    _check_root(storage)
+    if not _NAME.fullmatch(name) or not storage.exists(_first_commit(name)):
+        known = ", ".join(list_streams(storage)) or "none; `errata init` makes one"
+        raise UnknownNameError(f"stream: expected one of {storage.url} ({known}), found {name!r}")
+    return Stream(storage, name, cache_dir)
+
+
+def create_stream(root: str | Storage, name: str, init: InitCommit, manifest: dict[str, object], cache_dir: Path | None = None) -> Stream:
+    """Make a stream: its first commit names the base, the profile and the editors, and an empty manifest.
+
+    Args:
+        init: the first commit; its `manifest` is set here.
+        manifest: the manifest of the untouched base.
+
+    Raises:
+        InputError: the name is taken, or is no name.
+        UnsafeStorageError: two writers could overwrite each other there.
+    """
+    storage = open_storage(root) if isinstance(root, str) else root
+    if not _NAME.fullmatch(name):
+        raise InputError(f"stream: expected up to 63 of a-z, 0-9, '.', '_', '-', the first a letter or digit; found {name!r}")
+    check_create_if_absent(storage)
+    try:
+        storage.create(ROOT_FILE, canonical_json({"format": FORMAT, "versions": init.versions}))
+    except KeyExistsError:
+        _check_root(storage)
+    objects = ObjectStore(storage, f"streams/{name}/objects")
+    commit = init.model_copy(update={"manifest": objects.put_json(manifest)})
+    log = CommitLog(storage, f"streams/{name}/commits")
+    if storage.exists(_first_commit(name)):
+        raise InputError(f"stream: expected a new name in {storage.url}, found {name!r}, made by {log.read(0).actor}")
+    log.append(commit)
+    return Stream(storage, name, cache_dir)
+
+
+def list_streams(root: str | Storage) -> list[str]:
+    """The streams of a root, in order."""
+    storage = open_storage(root) if isinstance(root, str) else root
+    return [name for name in storage.list_folders("streams/") if storage.exists(_first_commit(name))]
+
+
+def _first_commit(name: str) -> str:
+    return f"streams/{name}/commits/00000000.json"
+
+
+def _check_root(storage: Storage) -> None:
+    try:
+        read_formatted(storage.read(ROOT_FILE), f"{storage.url}/{ROOT_FILE}")
+    except KeyMissingError:
+        raise UnknownNameError(f"root: expected {storage.url}/{ROOT_FILE}, found none; `errata init` makes one") from None

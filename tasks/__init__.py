@@ -1,0 +1,1 @@
+"""Prefect tasks: thin wrappers around functions of `errata` and `registry`, one module per stage."""

@@ -1,0 +1,62 @@
+"""What a stage needs at hand: the stream at its head and, where it touches weights, the base and the editor."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from errata.editors.base import Editor
+from errata.editors.catalogue import make_editor
+from errata.editors.d4s.moments import Moments
+from errata.manifests import Manifest
+from errata.modeling.loading import Base, load_base
+from errata.profiles import Profile
+from errata.settings import Settings, load_settings
+from registry.shared import BaseRef, fetch_base, get_base, get_moments, get_profile
+from registry.stream import Stream, open_stream
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base of a stream with its editor."""
+
+    ref: BaseRef
+    folder: Path | None
+    """Local files of the base; None for one that is named by hub id."""
+    base: Base
+    profile: Profile
+    editor: Editor[Any]
+
+
+def open_named(name: str) -> tuple[Settings, Stream]:
+    """Settings and the stream of that name at its head."""
+    settings = load_settings(stream=name)
+    return settings, open_stream(settings.root, settings.stream, settings.cache)
+
+
+def load_model(settings: Settings, stream: Stream) -> Model:
+    """Base, profile and editor of a stream's head; the base is kept in memory for the stages that follow."""
+    head = stream.head
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    ref = get_base(stream.storage, head.base)
+    folder = None if ref.kind == "hub" else fetch_base(stream.storage, head.base, settings.cache)
+    base = _hold_base(str(folder or ref.source), ref.revision, settings.device, head.base)
+    profile = Profile.model_validate_json(get_profile(stream.storage, head.base, head.profile))
+    moments = Moments.from_bytes(get_moments(stream.storage, profile.solve.moments))
+    return Model(ref, folder, base, profile, make_editor(head.editors[0], profile, moments, base.layout))
+
+
+def read_manifest(stream: Stream, digest: str) -> Manifest:
+    return Manifest.from_bytes(stream.objects.get(digest))
+
+
+@lru_cache(maxsize=1)
+def _hold_base(source: str, revision: str | None, device: str, digest: str) -> Base:
+    # Safe to share between stages: a base is frozen, and artifacts are attached for the length of a block only.
+    transformers_logging.disable_progress_bar()
+    return load_base(source, revision=revision, device=device, expect=digest)
+

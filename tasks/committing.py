@@ -1,0 +1,160 @@
+"""Decision to commit, and commit to MLflow version: the one step that counts, then its projection."""
+
+import platform
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from prefect.runtime import flow_run
+
+from errata.errors import ConflictError
+from errata.gate import Settled, settle
+from errata.manifests import PairRef
+from errata.report import Report
+from errata.rounds import Prepared, PreparedRecord, Round
+from errata.settings import Settings
+from errata.summary import BatchSummary
+from registry.commit import commit
+from registry.events import BatchRow, Commit, EditsCommit, FileUse, Outcome, RejectionCommit
+from registry.fold import Head, join_lines
+from registry.orders import Order
+from registry.prepared import forget_pairs
+from registry.stream import Stream
+from tasks._session import load_model, open_named
+from tasks._task import stage
+from tasks.editing import digest_preparation
+
+_LIBRARIES = ("errata", "torch", "transformers", "safetensors", "numpy")
+_RSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
+"""getrusage counts bytes on macOS, KiB elsewhere."""
+_MAX_REASONS = 20
+_MAX_REASON = 400
+"""Characters of one reason in a commit; the outcomes object has it whole."""
+
+
+@stage
+def commit_batch(stream: str, order: str, prepared: Prepared, rounds: list[Round], dry_run: bool = False) -> BatchSummary:
+    """Make the batch a commit: accepted edits go live, the others get their outcome, deferred ones stay in the inbox.
+
+    Raises:
+        ConflictError: another writer committed since the order was made.
+    """
+    settings, opened = open_named(stream)
+    work, record = Order.load(opened.objects, order), PreparedRecord.model_validate_json(opened.objects.get(prepared.record))
+    seconds = {"prepare": prepared.seconds}
+    for item in rounds:
+        for name, value in item.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+    draft, outcomes = draft_commit(settings, opened, work, record, rounds, {name: round(value, 3) for name, value in seconds.items()})
+    if not dry_run:
+        commit(opened, draft, _require_head(opened, work))
+        opened.remove_consumed(draft.files)
+        if record.refs:
+            scope = digest_preparation(load_model(settings, opened))
+            forget_pairs(opened, scope, sorted({ref.pairs for ref in record.refs.values()}))
+    return summarise(opened, draft, outcomes, rounds, None if dry_run else draft.seq)
+
+
+def summarise(stream: Stream, draft: Commit, outcomes: Sequence[Outcome], rounds: Sequence[Round], seq: int | None) -> BatchSummary:
+    decisions = [item.decision for item in rounds if item.decision]
+    return BatchSummary(
+        stream=stream.name,
+        commit=seq,
+        decision=draft.decision,
+        outcomes=dict(Counter(outcome.outcome for outcome in outcomes)),
+        deferred=sum(len(decision.defer) for decision in decisions),
+        rounds=len(rounds),
+        metrics=Report.from_bytes(stream.objects.get(draft.report)).metrics() if draft.report else {},
+        reasons=draft.reasons,
+        seconds=draft.seconds,
+        peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_PER_MIB, 1),
+    )
+
+
+def describe_writer(settings: Settings) -> dict[str, Any]:
+    """Who writes a commit, where and with what: for people, and for whoever cannot reproduce a digest."""
+    return {
+        "actor": settings.actor,
+        "host": platform.node() or "unknown",
+        "run": flow_run.get_id(),
+        "versions": {name: version(name) for name in _LIBRARIES},
+        "device": settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"),
+        "threads": torch.get_num_threads(),
+        "time": datetime.now(UTC),
+    }
+
+
+def draft_commit(
+    settings: Settings, stream: Stream, order: Order, record: PreparedRecord, rounds: Sequence[Round], seconds: dict[str, float]
+) -> tuple[Commit, list[Outcome]]:
+    """The commit of a judged batch, with its rows stored."""
+    decisions = [item.decision for item in rounds if item.decision]
+    fates = settle(decisions) if decisions else {}
+    fates |= {edit_id: Settled(outcome="rejected", reason=reason) for edit_id, reason in record.refused.items()}
+    deferred = {edit_id for edit_id, fate in fates.items() if fate.outcome == "deferred"}
+    planned = [item for item in order.additions if item.row.edit.edit_id not in deferred]
+    rows = sorted([*order.rows, *(item.row for item in planned)], key=lambda row: row.position)
+    outcomes = [*order.settled]
+    for item in planned:
+        outcomes += _conclude(item.row, item.replaces, fates[item.row.edit.edit_id], record.refs, order.under)
+    outcomes = _move_once(outcomes)
+    accepted = [item.row.edit.edit_id for item in planned if fates[item.row.edit.edit_id].outcome == "accepted"]
+    waiting = {(item.row.file, item.row.line) for item in order.additions if item.row.edit.edit_id in deferred}
+    last = rounds[-1] if rounds else None
+    fields: dict[str, Any] = {
+        "seq": order.seq,
+        "parent": order.parent,
+        "batch": stream.objects.put_rows(row.model_dump(mode="json", exclude_none=True) for row in rows) if rows else None,
+        "outcomes": stream.objects.put_rows(outcome.model_dump(mode="json", exclude_none=True) for outcome in outcomes),
+        "report": last.report if last else None,
+        "files": tuple(_keep_waiting(order.files, waiting)),
+        "decision": decisions[-1].verdict if decisions else "nothing to write",
+        "reasons": tuple(reason[:_MAX_REASON] for item in decisions for reason in item.reasons)[:_MAX_REASONS],
+        "seconds": seconds,
+        **describe_writer(settings),
+    }
+    if accepted and last is not None:
+        pairs = tuple(dict.fromkeys(record.refs[edit_id].pairs for edit_id in accepted))
+        return EditsCommit(manifest=last.manifest, pairs=pairs, promoted=settings.policy.promote == "auto", **fields), outcomes
+    return RejectionCommit(manifest=order.manifest, **fields), outcomes
+
+
+def _conclude(row: BatchRow, replaces: Sequence[str], fate: Settled, refs: dict[str, PairRef], under: str) -> Iterator[Outcome]:
+    place = {"file": row.file, "line": row.line, "origin": row.origin}
+    if fate.outcome != "accepted":
+        yield Outcome(outcome="quarantined" if fate.outcome == "quarantined" else "rejected", occurrence=row.occurrence, reason=fate.reason, under=under, **place)
+        return
+    ref = refs[row.edit.edit_id]
+    yield Outcome(outcome="live", occurrence=row.occurrence, pairs=ref.pairs, row=ref.row, **place)
+    for occurrence in replaces:
+        yield Outcome(outcome="replaced", occurrence=occurrence, by=row.occurrence)
+
+
+def _move_once(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Two additions may name one live edit as theirs to replace (one left its slot, another moved in): the first one that was accepted
+    did it."""
+    kept: dict[tuple[str, str | None, str | None, int | None], Outcome] = {}
+    for outcome in outcomes:
+        kept.setdefault((outcome.outcome, outcome.occurrence, outcome.file, outcome.line), outcome)
+    return list(kept.values())
+
+
+def _keep_waiting(files: Sequence[FileUse], waiting: set[tuple[str, int]]) -> Iterator[FileUse]:
+    """The lines consumed, less those of deferred edits, which the next batch will read again."""
+    for use in files:
+        lines = [line for first, last in use.lines for line in range(first, last + 1)]
+        consumed = [line for line in lines if (use.digest, line) not in waiting]
+        if consumed:
+            runs = join_lines((line, line) for line in consumed)
+            yield use.model_copy(update={"lines": runs, "done": use.done and len(consumed) == len(lines)})
+
+
+def _require_head(stream: Stream, order: Order) -> Head:
+    if stream.head.digest != order.parent:
+        raise ConflictError(f"expected commit {order.seq - 1} to be the newest, found {stream.head.seq}: another writer committed first")
+    return stream.head

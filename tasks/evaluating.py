@@ -1,0 +1,50 @@
+"""Candidate to decision: what it does to its own edits, to older ones and to everything else, and whether that is good enough."""
+
+import time
+from collections.abc import Sequence
+
+from errata.candidates import load_artifacts
+from errata.evaluation.evaluate import evaluate_candidate
+from errata.gate import decide
+from errata.manifests import Manifest
+from errata.report import Report
+from errata.rounds import Prepared, PreparedRecord, Round
+from registry.orders import Order
+from registry.stream import Stream
+from tasks._progress import show_progress
+from tasks._session import load_model, open_named
+from tasks._task import stage
+
+
+@stage
+def judge_candidate(stream: str, order: str, prepared: Prepared, candidate: Round, earlier: Sequence[Round]) -> Round:
+    """The round with its report and the gate's decision."""
+    settings, opened = open_named(stream)
+    model = load_model(settings, opened)
+    begun = time.perf_counter()
+    work, record = Order.load(opened.objects, order), PreparedRecord.model_validate_json(opened.objects.get(prepared.record))
+    edits = {planned.row.edit.edit_id: planned.row.edit for planned in work.additions}
+    leaving = {name for planned in work.additions if planned.row.edit.edit_id in candidate.rest for name in planned.replaces}
+    sample = opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)
+    retained = [opened.read_record(row).edit for row in sample if row.occurrence not in leaving]
+    with show_progress("evaluating") as on_progress:
+        report = evaluate_candidate(
+            model.base,
+            load_artifacts(opened.objects, Manifest.from_bytes(opened.objects.get(candidate.manifest))),
+            [edits[edit_id] for edit_id in candidate.rest],
+            retained,
+            read_retention(opened),
+            settings.evaluate,
+            diagnoses=record.diagnoses,
+            progress=lambda _stage, done, total: on_progress(done, total),
+        )
+    report = report.model_copy(update={"live": opened.index.counts().get("live", 0) - len(leaving) + len(candidate.rest)})
+    decision = decide(report, [item.decision for item in earlier if item.decision], settings.gate)
+    seconds = {**candidate.seconds, "evaluate": time.perf_counter() - begun}
+    return candidate.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision, "seconds": seconds})
+
+
+def read_retention(stream: Stream) -> float | None:
+    """Retention of the newest accepted version, as its own report has it."""
+    accepted = stream.log.read(stream.head.accepted)
+    return Report.from_bytes(stream.objects.get(accepted.report)).retention.efficacy.value if accepted.report else None

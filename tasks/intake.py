@@ -1,0 +1,96 @@
+"""Inbox to work order: what waits, what of it is worth writing, and on which head."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from errata.batching import Arrival, Proposal, Settled, propose_batch
+from errata.edits import Refusal, Submission, canonical_json, digest_of
+from errata.intake import Intake
+from errata.settings import Settings
+from registry.events import BatchRow, FileUse, Outcome
+from registry.fold import Head, join_lines
+from registry.inbox import read_waiting
+from registry.orders import Order, Planned
+from registry.stream import Stream
+from tasks._session import open_named
+from tasks._task import stage
+
+
+@stage
+def order_batch(stream: str) -> str | None:
+    """The next batch as a stored order; None when nothing waits."""
+    settings, opened = open_named(stream)
+    intake = Intake(read_waiting(opened))
+    proposal = propose_batch(intake.read(), opened.index, settings.apply.batch_size, digest_judgement(settings, opened.head))
+    if not proposal.considered:
+        return None
+    return write_order(opened, settings, proposal, intake).store(opened.objects)
+
+
+def digest_judgement(settings: Settings, head: Head) -> str:
+    """What edits are judged under: a quarantined edit comes again by itself once this changes."""
+    return digest_of(canonical_json({"gate": settings.gate.model_dump(mode="json"), "profile": head.profile}))[:16]
+
+
+def write_order(stream: Stream, settings: Settings, proposal: Proposal, intake: Intake) -> Order:
+    """The proposal in the terms of the log."""
+    head, under = stream.head, digest_judgement(settings, stream.head)
+    rows = {position: _build_row(position, arrival, head.seq + 1) for position, arrival in enumerate(proposal.considered)}
+    occurrences = {position: row.occurrence for position, row in rows.items() if row}
+    planned = []
+    for addition in proposal.additions:
+        row = rows[addition.position]
+        assert row is not None
+        planned.append(Planned(row=row, replaces=addition.replaces))
+    return Order(
+        seq=head.seq + 1,
+        parent=head.digest,
+        manifest=head.manifest,
+        additions=tuple(planned),
+        rows=tuple(row for item in proposal.settled if (row := rows[item.position])),
+        settled=tuple(_settle(item, occurrences) for item in proposal.settled),
+        files=measure_files(((arrival.file, arrival.line) for arrival in proposal.considered), intake.names, intake.ended),
+        under=under,
+    )
+
+
+def measure_files(lines: Iterable[tuple[str, int]], names: dict[str, str], ended: Iterable[str]) -> tuple[FileUse, ...]:
+    """Which lines of which files a batch consumes.
+
+    Args:
+        lines: (digest of the file, line).
+        ended: files of which nothing is left after these lines.
+    """
+    used: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for file, line in lines:
+        used[file].append((line, line))
+    done = set(ended)
+    return tuple(FileUse(digest=file, name=names[file], lines=join_lines(runs), done=file in done) for file, runs in used.items())
+
+
+def _build_row(position: int, arrival: Arrival, seq: int) -> BatchRow | None:
+    if not isinstance(arrival.record, Submission):
+        return None
+    edit = arrival.record.edit
+    return BatchRow(
+        position=position,
+        occurrence=f"{edit.edit_id}@{seq}",
+        edit=edit,
+        origin=arrival.record.origin,
+        file=arrival.file,
+        line=arrival.line,
+    )
+
+
+def _settle(item: Settled, occurrences: dict[int, str]) -> Outcome:
+    refusal = item.arrival.record if isinstance(item.arrival.record, Refusal) else None
+    return Outcome(
+        outcome=item.outcome,
+        occurrence=occurrences.get(item.position),
+        by=item.by or (occurrences[item.by_position] if item.by_position is not None else None),
+        reason=item.reason,
+        origin=item.arrival.record.origin,
+        field=refusal.field if refusal else None,
+        file=item.arrival.file,
+        line=item.arrival.line,
+    )

@@ -1,0 +1,165 @@
+"""A new stream: base, second moments, profile, first commit. Plain functions: nothing here is scheduled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers.utils import logging as transformers_logging
+
+from errata.builtin import BUILTIN, ensure_builtin
+from errata.candidates import start_manifest
+from errata.editors.catalogue import make_editor
+from errata.editors.d4s.moments import Moments, collect_moments
+from errata.errors import InputError, ModelError, SettingsError
+from errata.modeling.loading import Base, load_base
+from errata.profiles import PrepareOptions, Profile, SolveOptions
+from errata.settings import Settings
+from errata.suggestions import BUILTIN_SUGGESTION, Suggestion, suggest_profile
+from errata.validation import explain_errors
+from errata.world import make_world
+from registry.events import InitCommit
+from registry.shared import BaseRef, put_base, put_moments, put_profile
+from registry.storage.base import check_create_if_absent, open_storage
+from registry.stream import Stream, create_stream
+from tasks._progress import show_progress
+from tasks.committing import describe_writer
+
+BUILTIN_NAME = "builtin"
+_MOMENT_TOKENS = 100_000
+"""Keys counted for second moments; more change them little at the widths that run on a CPU."""
+
+
+class ProfileFile(BaseModel):
+    """What a user writes of a profile: the values; base and second moments are filled in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prepare: PrepareOptions
+    lam: float
+    origin: str = "written by hand"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model, loaded, and where it came from."""
+
+    ref: BaseRef
+    folder: Path | None
+    base: Base
+
+
+def start_stream(
+    settings: Settings, source: str, *, revision: str | None = None, profile: Path | None = None, corpus: Path | None = None
+) -> Stream:
+    """Make the stream of `settings` on a base.
+
+    Args:
+        source: `builtin`, a folder, or a Hugging Face id.
+        revision: of a hub id; None pins the newest.
+        profile: JSON of a `ProfileFile`; None takes the one suggested for the family.
+        corpus: text file, one passage per line, for second moments; not needed for the built-in base.
+
+    Raises:
+        InputError: the stream exists, or the base cannot be used without a profile or corpus that was not given.
+        ModelError: the base cannot be loaded.
+        StorageError: the root cannot hold a stream.
+    """
+    storage = open_storage(settings.root)
+    check_create_if_absent(storage)
+    found = find_base(settings, source, revision)
+    chosen = choose_profile(found, source, profile)
+    texts = read_corpus(source, corpus)
+    moments = measure_moments(found.base, chosen.prepare.layers, texts)
+    ref = put_base(storage, found.ref, found.folder)
+    spread = "even" if len(chosen.prepare.layers) > 1 else "single"
+    solve = SolveOptions(lam=chosen.lam, spread=spread, moments=put_moments(storage, moments.to_bytes()))
+    made = Profile(base=ref.digest, prepare=chosen.prepare, solve=solve, origin=chosen.origin)
+    editor = make_editor("d4s", made, moments, found.base.layout)
+    digest = put_profile(storage, ref.digest, made.to_bytes())
+    manifest = start_manifest(editor, ref.digest, digest)
+    named = {"kind": ref.kind, "source": ref.source, "revision": ref.revision, "digest": ref.digest}
+    init = InitCommit(
+        seq=0, parent="", base=named, profile=digest, editors=(editor.name,), manifest=manifest.digest, **describe_writer(settings)
+    )
+    return create_stream(settings.root, settings.stream, init, manifest.model_dump(mode="json"), settings.cache)
+
+
+def find_base(settings: Settings, source: str, revision: str | None) -> Source:
+    """Load the base a user named; the built-in one is trained if the cache has none."""
+    transformers_logging.disable_progress_bar()
+    if source == BUILTIN_NAME:
+        with show_progress("training the built-in base") as on_progress:
+            folder = ensure_builtin(BUILTIN, settings.cache, lambda done, total, _: on_progress(done, total))
+        base = load_base(folder, device=settings.device)
+        return Source(BaseRef(kind="builtin", source=BUILTIN.digest, digest=base.digest), folder, base)
+    path = Path(source)
+    if path.is_dir():
+        base = load_base(path, device=settings.device)
+        return Source(BaseRef(kind="folder", source=str(path.resolve()), digest=base.digest), path, base)
+    if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise InputError(f"base: expected '{BUILTIN_NAME}', a model folder or a Hugging Face id, found {source!r}, which is none of them")
+    pinned = revision or _pin_revision(source)
+    base = load_base(source, revision=pinned, device=settings.device)
+    return Source(BaseRef(kind="hub", source=source, revision=pinned, digest=base.digest), None, base)
+
+
+def choose_profile(found: Source, source: str, path: Path | None) -> Suggestion:
+    """The user's profile, else the built-in base's, else published values of the family.
+
+    Raises:
+        SettingsError: the file is no profile.
+        InputError: no file and nothing published for the family.
+    """
+    if path is not None:
+        try:
+            given = ProfileFile.model_validate_json(path.read_text())
+        except OSError as error:
+            raise InputError(f"{path}: expected a readable profile ({error.strerror or error})") from None
+        except ValidationError as error:
+            raise SettingsError(f"{path}: " + "; ".join(map(str, explain_errors(error)))) from None
+        return Suggestion(given.prepare, given.lam, given.origin)
+    if source == BUILTIN_NAME:
+        return BUILTIN_SUGGESTION
+    family = found.base.model.config.model_type
+    suggested = suggest_profile(family, found.base.layout.count_layers(found.base.model))
+    if suggested is None:
+        raise InputError(f"profile: expected one for a {family!r} model (--profile FILE), since no values are published for that family")
+    return suggested
+
+
+def read_corpus(source: str, path: Path | None) -> list[str]:
+    """Passages whose keys are to be preserved.
+
+    Raises:
+        InputError: none given for a base of the user's own, or the file holds no text.
+    """
+    if path is None:
+        if source != BUILTIN_NAME:
+            raise InputError(f"corpus: expected a text file of what {source!r} must go on knowing (--corpus FILE), found none")
+        return make_world().corpus(seed=0)
+    try:
+        passages = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a readable UTF-8 text file ({error})") from None
+    if not passages:
+        raise InputError(f"{path}: expected some text, found an empty file")
+    return passages
+
+
+def measure_moments(base: Base, layers: Sequence[int], texts: Sequence[str]) -> Moments:
+    with show_progress("second moments (tokens)") as on_progress:
+        return collect_moments(base, layers, texts, max_tokens=_MOMENT_TOKENS, on_progress=on_progress)
+
+
+def _pin_revision(source: str) -> str:
+    try:
+        revision = HfApi().model_info(source).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"base: expected a folder or a reachable Hugging Face id, found {source!r} ({reason})") from None
+    if revision is None:
+        raise ModelError(f"base: the hub names no revision of {source!r}; pin one with --revision")
+    return revision

@@ -1,0 +1,137 @@
+"""Commits as MLflow versions: whatever the log has accepted and MLflow does not show yet, then the alias (design §4)."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from errata.editors.artifacts import load_artifact
+from errata.modeling.loading import Base
+from errata.modeling.patch import attach
+from errata.modeling.tokens import encode_prompt
+from errata.monitors.locality import PROBE_TEXTS
+from errata.monitors.norms import NormPoint, plot_norms
+from errata.report import Report
+from errata.settings import Settings
+from registry.events import EditsCommit
+from registry.models import ModelRegistry
+from registry.release import Release, Version, resolve_tracking
+from registry.stream import Stream
+from tasks._session import Model, load_model, open_named, read_manifest
+from tasks._task import stage
+
+_PLOTTED = 50
+"""Most commits in the plot of a version: what a version costs may not grow with history."""
+_PROMPTS = 4
+"""Prompts whose logits are compared before the alias moves."""
+_LONGEST = 250
+"""Characters of a reason in MLflow's parameters."""
+
+
+@stage
+def project_versions(stream: str) -> int | None:
+    """Make MLflow show the log: a version per accepted commit, the alias on the champion's. Safe to repeat; the number of the
+    champion's version, None while the stream has no accepted commit.
+
+    Raises:
+        RegistryError: MLflow fails, or what is read back from it is not what was accepted.
+    """
+    settings, opened = open_named(stream)
+    registry = open_registry(settings)
+    model = load_model(settings, opened)
+    for commit in find_unshown(opened, registry):
+        with tempfile.TemporaryDirectory(prefix="errata-") as work:
+            registry.project(build_release(opened, model, commit, Path(work)))
+    while True:
+        champion = opened.head.champion
+        version = registry.find_version(opened.name, champion)
+        if version is None:
+            return None
+        shown = registry.champion(opened.name)
+        if shown is None or shown.number != version.number:
+            verify_version(opened, model, registry, version)
+            registry.point_alias(version)
+        # MLflow has no compare-and-swap: whoever committed meanwhile must not find an older champion behind theirs.
+        if opened.refresh().champion == champion:
+            return version.number
+
+
+def open_registry(settings: Settings) -> ModelRegistry:
+    return ModelRegistry(*resolve_tracking(settings.mlflow.tracking_uri, settings.root))
+
+
+def find_unshown(stream: Stream, registry: ModelRegistry) -> list[EditsCommit]:
+    """Accepted commits that came after the newest one MLflow shows, oldest first."""
+    newest = next(iter(registry.list_versions(stream.name)), None)
+    found = []
+    for seq in range(newest.commit + 1 if newest else 1, stream.head.seq + 1):
+        commit = stream.log.read(seq)
+        if isinstance(commit, EditsCommit):
+            found.append(commit)
+    return found
+
+
+def build_release(stream: Stream, model: Model, commit: EditsCommit, work: Path) -> Release:
+    """All that MLflow shows of a commit; its plot is drawn into the folder `work`."""
+    manifest = read_manifest(stream, commit.manifest)
+    data = stream.objects.get(commit.report) if commit.report else None
+    counts = stream.index.counts()
+    prepare, solve = model.profile.prepare, model.profile.solve
+    parameters: dict[str, Any] = {"editor": model.editor.name, "editor_version": model.editor.version, "profile": manifest.profile[:12]}
+    parameters |= {f"prepare.{name}": _shorten(value) for name, value in prepare.model_dump(mode="json").items()}
+    parameters |= {f"solve.{name}": _shorten(value) for name, value in solve.model_dump(mode="json").items()}
+    metrics = Report.from_bytes(data).metrics() if data else {}
+    return Release(
+        stream=stream.name,
+        commit=commit.seq,
+        time=commit.time,
+        recipe=manifest.recipe,
+        manifest=commit.manifest,
+        base=model.ref,
+        base_folder=model.folder,
+        artifacts=[stream.objects.get(digest) for digest in manifest.artifacts],
+        counts={f"edits_{status}": number for status, number in counts.items()},
+        parameters=parameters,
+        metrics=metrics | {f"seconds.{name}": value for name, value in commit.seconds.items()},
+        report=data,
+        plot=plot_history(stream, commit.seq, work),
+    )
+
+
+def plot_history(stream: Stream, seq: int, work: Path) -> Path | None:
+    """Weight norms over the last accepted commits up to `seq`, as a PNG in `work`; None where nothing was measured."""
+    points = []
+    for earlier in range(seq, 0, -1):
+        commit = stream.log.read(earlier)
+        if isinstance(commit, EditsCommit) and commit.report:
+            report = Report.from_bytes(stream.objects.get(commit.report))
+            points.append(NormPoint(commit=commit.seq, live=report.live or 0, norms=report.norms))
+        if len(points) == _PLOTTED:
+            break
+    return plot_norms(points, work / "weight_norms.png") if points else None
+
+
+def verify_version(stream: Stream, model: Model, registry: ModelRegistry, version: Version) -> None:
+    """Compare what MLflow holds with what was accepted, by the logits both give on the base in memory."""
+    manifest = read_manifest(stream, stream.log.read(version.commit).manifest or "")
+    accepted = [stream.objects.get(digest) for digest in manifest.artifacts]
+    registry.verify_version(version, _answer(model.base, accepted), lambda stored: _answer(model.base, stored))
+
+
+@torch.inference_mode()
+def _answer(base: Base, artifacts: Sequence[bytes]) -> np.ndarray[Any, Any]:
+    """Logits [prompts, vocab] after a few fixed texts."""
+    with attach(base, [load_artifact(data) for data in artifacts]):
+        logits = []
+        for text in PROBE_TEXTS[:_PROMPTS]:
+            ids = torch.tensor([encode_prompt(base.tokenizer, text)], device=base.device)
+            logits.append(base.model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu())
+    return torch.stack(logits).numpy()
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
