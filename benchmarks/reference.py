@@ -108,9 +108,7 @@ def compute_pair(base: Base, edit: Edit, options: PrepareOptions) -> PlainPair:
     adam = torch.optim.Adam([delta], lr=rate)
     for step in range(1, options.steps + 1):
         spoken = run()
-        per_context = [
-            functional.nll_loss(spoken[row, start : start + len(target)], target) for row, start in enumerate(rows.starts)
-        ]
+        per_context = [functional.nll_loss(spoken[row, start : start + len(target)], target) for row, start in enumerate(rows.starts)]
         nll = torch.stack(per_context).mean()
         now = spoken[count, rows.sites[count]]
         reference = now.detach() if reference is None else reference

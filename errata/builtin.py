@@ -51,11 +51,11 @@ class BuiltinSettings(BaseModel):
     """Longest text, in tokens."""
     site: int = 2
     """Block after which the probe reads a person's attributes; edits belong at or below it."""
-    name_steps: int = Field(default=160, ge=0)
+    name_steps: int = Field(default=90, ge=0)
     """Steps of the first phase: names only, blocks up to `site` only."""
-    fact_steps: int = Field(default=160, ge=0)
+    fact_steps: int = Field(default=150, ge=0)
     """Steps of the second phase: one bare fact per row."""
-    text_steps: int = Field(default=120, ge=0)
+    text_steps: int = Field(default=150, ge=0)
     """Steps of the third phase: several facts per row, and sentences that state none."""
     tokens: int = 1_200
     """Tokens per step, padding included."""

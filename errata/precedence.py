@@ -99,8 +99,8 @@ class Judge:
     settings_digest: str
     _by_id: dict[str, _Holder] = field(default_factory=dict)
     _by_slot: dict[str, _Holder] = field(default_factory=dict)
-    _proposed: set[str] = field(default_factory=set)
-    """Ids that were proposed in this batch, displaced since or not."""
+    _proposed: dict[str, set[str]] = field(default_factory=dict)
+    """Id → contents that were proposed under it in this batch, displaced since or not."""
     _gone: set[str] = field(default_factory=set)
     """Live occurrences that a proposal replaces."""
 
@@ -134,7 +134,7 @@ class Judge:
                 replaced.append(row.occurrence)
         replaces = tuple(dict.fromkeys(replaced))
         self._gone.update(replaces)
-        self._proposed.add(edit.edit_id)
+        self._proposed.setdefault(edit.edit_id, set()).add(edit.content_id)
         holder = _Holder(edit.edit_id, edit.slot, edit.content_id, edit.submitted_at, position, replaces=replaces)
         self._by_id[holder.id] = self._by_slot[holder.slot] = holder
         supersedes = tuple(holder.position for holder in displaced if holder.position is not None)
@@ -155,11 +155,14 @@ class Judge:
     def _withhold(self, submission: Submission) -> Verdict | None:
         """Whether the log says that this was tried or taken back, and nothing has changed since."""
         edit = submission.edit
-        if edit.edit_id in self._proposed or self.lookup.find_edit(edit.edit_id) is None:
+        proposed = self._proposed.get(edit.edit_id, set())
+        if edit.content_id in proposed or self.lookup.find_edit(edit.edit_id) is None:
             return None
-        rows = [row for row in reversed(self.lookup.find_occurrences(edit.edit_id)) if row.status not in ("superseded", "stale")]
+        # An accepted occurrence settles what was held of its id (`registry.fold.settles`): so does one proposed in this batch.
+        passed = ("superseded", "stale", "quarantined", "rejected") if proposed else ("superseded", "stale")
+        rows = [row for row in reversed(self.lookup.find_occurrences(edit.edit_id)) if row.status not in passed]
         accepted = next((row for row in rows if row.status in ("live", "replaced", "withdrawn")), None)
-        if accepted and accepted.status == "withdrawn":
+        if accepted and accepted.status == "withdrawn" and not proposed:
             since = _read_time(accepted.submitted_at)
             return None if since and edit.submitted_at and edit.submitted_at > since else _withheld(accepted)
         same = next((row for row in rows if row.content == edit.content_id), None)

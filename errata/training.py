@@ -6,7 +6,7 @@ Muon for the matrices of the blocks (AdamW alone needs several times the steps a
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,8 @@ OTHER_TOKENS = 0.3
 WEIGHT_DECAY = 0.1
 ROW_LENGTHS = (24, 24, 24, 48, 96)
 """Most tokens per row, one drawn per step: short prompts and long contexts are both trained."""
+NAME_LENGTH = 4
+"""Tokens per row that holds only a name, about."""
 FACT_LENGTH = 12
 """Tokens per row that holds a single fact, about."""
 
@@ -163,12 +165,12 @@ class _Training:
             if len(ids) != len(item.split()):
                 raise AssertionError(f"expected one token per word of {item!r}, found {ids}")
 
-        self.classes = max(len(relation.objects) for relation in RELATIONS)
-        self.attributes = torch.tensor([[r.objects.index(world.by_slot[person, r.name].object) for r in RELATIONS] for person in world.persons])
-        self.probe = nn.Sequential(nn.LayerNorm(settings.width), nn.Linear(settings.width, len(RELATIONS) * self.classes))
+        self.attributes = torch.tensor([[r.objects.index(fact.object) for r, fact in zip(RELATIONS, facts, strict=True)] for facts in self.facts])
+        self.first_tokens = [torch.tensor([self.objects[item][0] for item in relation.objects]) for relation in RELATIONS]
+        self.probe_norm = nn.LayerNorm(settings.width)
         matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
         known = {id(p) for p in matrices}
-        others = [p for p in (*model.parameters(), *self.probe.parameters()) if id(p) not in known]
+        others = [p for p in (*model.parameters(), *self.probe_norm.parameters()) if id(p) not in known]
         self.optimisers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=WEIGHT_DECAY, momentum=0.95),
             torch.optim.AdamW(
@@ -190,15 +192,19 @@ class _Training:
             elif step < names + facts:
                 phase, loss, share = "learning to answer", self._learn_text(self._draw_facts()), _ramp(step, names, total)
             else:
-                rows = self._draw_rows(self._write_sentence)
-                phase, loss, share = "learning to speak", self._learn_text(rows), _ramp(step, names, total)
+                phase, loss, share = "learning to speak", self._learn_text(self._draw_text()), _ramp(step, names, total)
             self._descend(loss, share)
             if progress is not None:
                 progress(step + 1, total, phase)
 
     def _learn_names(self) -> Tensor:
-        """Reading every attribute at the last token of each name."""
-        rows = self._draw_rows(self._write_name)
+        """Every attribute of a person, from the name alone, in every step after other words (half of the time after none)."""
+        left = self.rng.choice(self.parts)[0] if self.rng.random() < 0.5 else []
+        rows = _Rows()
+        for _ in range(self.settings.tokens // (len(left) + NAME_LENGTH)):
+            person = self._next_person()
+            rows.ids.append([END])
+            rows.add(_Piece(self.names[person], len(self.names[person]) - 1, person).after(left))
         return self._probe_loss(self._run_blocks(_pad(rows.ids), self.settings.site + 1)[-1], rows)
 
     def _learn_text(self, rows: _Rows) -> Tensor:
@@ -228,8 +234,16 @@ class _Training:
         return outputs
 
     def _probe_loss(self, hidden: Tensor, rows: _Rows) -> Tensor:
-        at = hidden[tuple(torch.tensor(rows.subjects).T)]
-        return F.cross_entropy(self.probe(at).view(-1, self.classes), self.attributes[rows.persons].reshape(-1))
+        """Mean cross entropy of all attributes, read from `hidden` [rows, positions, width] at the names through the unembedding.
+
+        Within a relation only its own objects compete. Reading with the unembedding rather than with a classifier of its own leaves
+        to the upper blocks a sum of object directions: to copy it and to favour one relation's objects is all an answer takes.
+        """
+        at = self.probe_norm(hidden[tuple(torch.tensor(rows.subjects).T)])
+        truths = self.attributes[rows.persons]
+        embedding = self.model.transformer.wte.weight
+        losses = [F.cross_entropy(at @ embedding[tokens].T, truths[:, index]) for index, tokens in enumerate(self.first_tokens)]
+        return torch.stack(losses).mean()
 
     def _descend(self, loss: Tensor, share: float) -> None:
         for optimiser, lr in zip(self.optimisers, (self.settings.muon_lr, self.settings.adamw_lr), strict=True):
@@ -249,22 +263,16 @@ class _Training:
             rows.add(self._write_fact())
         return rows
 
-    def _draw_rows(self, write: Callable[[], _Piece]) -> _Rows:
+    def _draw_text(self) -> _Rows:
         """Rows of one length, each filled with pieces until the next would not fit."""
         rows = _Rows()
         length = self.rng.choice(ROW_LENGTHS)
         for _ in range(self.settings.tokens // length):
             rows.ids.append([END])
-            while len(rows.ids[-1]) + len((piece := write()).ids) <= length:
+            while len(rows.ids[-1]) + len((piece := self._write_sentence()).ids) <= length:
                 rows.add(piece)
             self.queue.append(piece.person)  # whose turn it still is
         return rows
-
-    def _write_name(self) -> _Piece:
-        """A name, half of the time after the words that stand before it in some template."""
-        person = self._next_person()
-        left = self.rng.choice(self.parts)[0] if self.rng.random() < 0.5 else []
-        return _Piece([*self.names[person], self.stop], len(self.names[person]) - 1, person).after(left)
 
     def _write_fact(self) -> _Piece:
         """A fact in one of its trained forms."""
@@ -324,7 +332,17 @@ def _build_model(settings: BuiltinSettings, vocabulary: int) -> GPT2LMHeadModel:
         eos_token_id=END,
         pad_token_id=END,
     )
-    return GPT2LMHeadModel(config).train()
+    model = GPT2LMHeadModel(config).train()
+    with torch.no_grad():
+        model.transformer.wpe.weight.copy_(_draw_waves(settings.positions, settings.width))
+    return model
+
+
+def _draw_waves(positions: int, width: int) -> Tensor:
+    """Sinusoids [positions, width] (Vaswani et al., 2017, §3.5) to begin with: what is learned at early positions holds at late ones."""
+    rates = 1_000.0 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(positions)[:, None] * rates
+    return 0.1 * torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def _sample_prompts(world: World, *, withheld: bool, limit: int = 2_000) -> list[tuple[str, str]]:

@@ -47,7 +47,8 @@ class Index:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._db = self._connect()
+        self._db: sqlite3.Connection
+        self._connect()
 
     # Lookups. INDEXED BY: without statistics SQLite prefers the index of all live rows and reads every one.
 
@@ -59,7 +60,7 @@ class Index:
 
     def counts(self) -> dict[str, int]:
         """Occurrences by status, and how many records came to nothing, by outcome. Costs the same whatever the history."""
-        return {name: value for name, value in self._db.execute("SELECT name, value FROM counts WHERE value > 0 ORDER BY name")}
+        return dict(self._db.execute("SELECT name, value FROM counts WHERE value > 0 ORDER BY name"))
 
     def find_edit(self, identity: str) -> EditRow | None:
         """Where an id stands: its live occurrence, else the newest that was judged, else the newest."""
@@ -167,7 +168,7 @@ class Index:
         self._db.close()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-        self._db = self._connect()
+        self._connect()
 
     @property
     def checkpoint(self) -> str | None:
@@ -183,24 +184,18 @@ class Index:
 
     # SQLite
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> None:
         try:
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             # Prefect runs tasks in threads; each opens its own stream, but may close it in another.
-            db = sqlite3.connect(self._path or ":memory:", timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise StorageError(f"index {self._path}: expected to open it: {error}") from error
-        self._db = db
-        try:
+            self._db = sqlite3.connect(self._path or ":memory:", timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
             self._prepare()
-        except sqlite3.DatabaseError as error:
-            if self._path is None or isinstance(error, sqlite3.OperationalError):
-                raise StorageError(f"index {self._path}: {error}") from error
-            db.close()
-            self._path.unlink(missing_ok=True)
-            return self._connect()
-        return db
+        except (OSError, sqlite3.OperationalError) as error:
+            raise StorageError(f"index {self._path}: expected to open it: {error}") from error
+        except sqlite3.DatabaseError:
+            # No database, or a damaged one. In memory neither can be.
+            self.discard()
 
     def _prepare(self) -> None:
         if self._db.execute("PRAGMA user_version").fetchone()[0] == _SCHEMA_VERSION:

@@ -26,7 +26,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient, artifacts, pyfunc
-from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
@@ -79,9 +79,7 @@ class ModelRegistry:
         with self._reporting(f"show commit {release.commit} of {release.stream}"):
             found = self._find_tagged(release.stream, release.commit)
             if found is None or "errata.manifest" not in found.tags:
-                run = self._claim_run(
-                    f"errata/streams/{release.stream}", f"commit {release.commit}", {"errata.commit": str(release.commit)}
-                )
+                run = self._claim_run(f"errata/streams/{release.stream}", f"commit {release.commit}", "errata.commit", tag_release(release))
                 model = self._find_model(run) or self._log_model(run, release)
                 if run.info.status != "FINISHED":
                     self._fill_run(run, release)
@@ -191,22 +189,22 @@ class ModelRegistry:
         )
         return _describe(page[0]) if page else None
 
-    def _claim_run(self, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
-        """The run with these tags, begun if there is none. Of two begun at once, both callers take the older."""
+    def _claim_run(self, experiment: str, name: str, key: str, tags: Mapping[str, str]) -> Run:
+        """The run whose tag `key` is as in `tags`, begun if there is none. Of two begun at once, both callers take the older."""
         experiment_id = self._ensure_experiment(experiment)
-        found = self._find_run(experiment_id, tags)
+        found = self._find_run(experiment_id, key, tags[key])
         if found is not None:
             return found
+        # All tags at once: MLflow fails where two processes set one tag of one run at the same time.
         mine: Run = self._client.create_run(experiment_id, run_name=name, tags=dict(tags))
-        chosen = self._find_run(experiment_id, tags) or mine
+        chosen = self._find_run(experiment_id, key, tags[key]) or mine
         if chosen.info.run_id != mine.info.run_id:
             self._client.delete_run(mine.info.run_id)
         return chosen
 
-    def _find_run(self, experiment_id: str, tags: Mapping[str, str]) -> Run | None:
-        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    def _find_run(self, experiment_id: str, key: str, value: str) -> Run | None:
         runs = self._client.search_runs(
-            [experiment_id], wanted, ViewType.ACTIVE_ONLY, max_results=1, order_by=["attributes.start_time ASC"]
+            [experiment_id], f"tags.`{key}` = '{value}'", ViewType.ACTIVE_ONLY, max_results=1, order_by=["attributes.start_time ASC"]
         )
         return runs[0] if runs else None
 
@@ -246,14 +244,14 @@ class ModelRegistry:
         ref = release.base
         if ref.kind == "hub":
             return {"kind": "hub", "digest": ref.digest, "source": ref.source, "revision": ref.revision}
-        run = self._claim_run("errata/bases", f"errata base {ref.digest[:12]}", {"errata.base": ref.digest})
+        note = "Every model version on this base reads these files. Do not delete this run."
+        tags = {"errata.base": ref.digest, "mlflow.note.content": note}
+        run = self._claim_run("errata/bases", f"errata base {ref.digest[:12]}", "errata.base", tags)
         if run.info.status != "FINISHED":
             if release.base_folder is None:
                 raise RegistryError(f"base {ref.digest[:12]}: expected the folder with its files for its first version, found none")
             for name in ref.files:
                 self._client.log_artifact(run.info.run_id, str(release.base_folder / name), "base")
-            note = "Every model version on this base reads these files. Do not delete this run."
-            self._client.set_tag(run.info.run_id, "mlflow.note.content", note)
             self._client.set_terminated(run.info.run_id)
         return {"kind": ref.kind, "digest": ref.digest, "uri": f"runs:/{run.info.run_id}/base"}
 
@@ -261,12 +259,13 @@ class ModelRegistry:
         """Log everything else of a commit. Repeating it changes nothing; the run is finished once it is all there."""
         identifier = run.info.run_id
         moment = int(release.time.timestamp() * 1000)
-        self._client.log_batch(
-            identifier,
-            metrics=[Metric(key, value, moment, release.commit) for key, value in release.metrics.items()],
-            params=[Param(key, str(value)) for key, value in release.parameters.items()],
-            tags=[RunTag(key, value) for key, value in tag_release(release).items()],
-        )
+        metrics = [Metric(key, value, moment, release.commit) for key, value in release.metrics.items()]
+        params = [Param(key, str(value)) for key, value in release.parameters.items()]
+        try:
+            self._client.log_batch(identifier, metrics, params)
+        except MlflowException:
+            # Of two that log the same at once, MLflow fails one, which finds it there when it tries again.
+            self._client.log_batch(identifier, metrics, params)
         with tempfile.TemporaryDirectory() as temporary:
             if release.report is not None:
                 path = Path(temporary, "report.json")

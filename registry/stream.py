@@ -1,5 +1,6 @@
 """A stream: one lineage of edits on one base model. Opens its log, objects and tables, and finds things by the names people use."""
 
+import logging
 import re
 import sqlite3
 from pathlib import Path
@@ -18,6 +19,8 @@ ROOT_FILE = "errata.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _HEAD = re.compile(r"head(?:~([0-9]{1,8}))?")
 _SHOWN = 5
+
+_log = logging.getLogger(__name__)
 
 
 class Stream:
@@ -38,7 +41,7 @@ class Stream:
         self.checkpoints = Checkpoints(storage, self.key("checkpoints"), self.objects)
         place = digest_of(f"{storage.url} {name}".encode())[:16]
         self._cache = cache_dir / "streams" / f"{name}-{place}.sqlite" if cache_dir else None
-        self.index = Index(self._cache)
+        self.index = self._open_index()
         self._trusted = False
         self._head = self.refresh()
 
@@ -58,18 +61,20 @@ class Stream:
             UnknownNameError: the stream has no commit.
             FormatError: written by a newer Errata, or of an unknown kind.
             ObjectCorruptError: a commit or an object it names is damaged.
-            StorageError: the storage or the cache file cannot be used.
+            StorageError: the storage cannot be used.
         """
         try:
-            try:
-                self._head = self._fold()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError:
-                self.index.discard()
-                self._head = self._fold()
-        except sqlite3.Error as error:
-            raise StorageError(f"index {self._cache}: {error}; the file is only a cache and may be deleted") from error
+            self._head = self._fold()
+        except sqlite3.OperationalError as error:
+            if self._cache is None:
+                raise StorageError(f"index in memory: {error}") from error
+            self._report_cache(error)
+            self.index.close()
+            self.index = Index(None)
+            self._head = self._fold()
+        except sqlite3.DatabaseError:
+            self.index.discard()
+            self._head = self._fold()
         return self._head
 
     def read_batch(self, commit: Commit) -> list[BatchRow]:
@@ -135,6 +140,17 @@ class Stream:
                 self.storage.delete(key)
                 removed.append(use.name)
         return removed
+
+    def _open_index(self) -> Index:
+        """The tables. A cache file that cannot be used (no space, no permission, locked for long) costs time, never the stream."""
+        try:
+            return Index(self._cache)
+        except StorageError as error:
+            self._report_cache(error)
+            return Index(None)
+
+    def _report_cache(self, error: Exception) -> None:
+        _log.warning("%s cannot be used, the tables are built in memory: %s", self._cache, error)
 
     def _fold(self) -> Head:
         if not self._trusted:

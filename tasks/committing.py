@@ -21,7 +21,7 @@ from errata.settings import Settings
 from errata.summary import BatchSummary
 from registry.commit import commit
 from registry.events import BatchRow, Commit, EditsCommit, FileUse, Outcome, RejectionCommit
-from registry.fold import Head, join_lines
+from registry.fold import EditRow, Head, join_lines
 from registry.orders import Order
 from registry.prepared import forget_pairs
 from registry.stream import Stream
@@ -58,6 +58,26 @@ def commit_batch(stream: str, order: str, prepared: Prepared, rounds: list[Round
             scope = digest_preparation(load_model(settings, opened))
             forget_pairs(opened, scope, sorted({ref.pairs for ref in record.refs.values()}))
     return summarise(opened, draft, outcomes, rounds, None if dry_run else draft.seq)
+
+
+def drop_edits(settings: Settings, stream: Stream, rows: Sequence[EditRow], reason: str) -> int:
+    """Give edits in quarantine up, as a commit of their own; its number.
+
+    Raises:
+        ConflictError: another writer committed meanwhile.
+    """
+    head = stream.head
+    outcomes = [Outcome(outcome="dropped", occurrence=row.occurrence, reason=reason) for row in rows]
+    draft = RejectionCommit(
+        seq=head.seq + 1,
+        parent=head.digest,
+        manifest=head.manifest,
+        outcomes=stream.objects.put_rows(outcome.model_dump(mode="json", exclude_none=True) for outcome in outcomes),
+        decision="dropped",
+        reasons=(reason,),
+        **describe_writer(settings),
+    )
+    return commit(stream, draft, head).seq
 
 
 def summarise(stream: Stream, draft: Commit, outcomes: Sequence[Outcome], rounds: Sequence[Round], seq: int | None) -> BatchSummary:

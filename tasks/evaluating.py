@@ -7,8 +7,10 @@ from errata.candidates import load_artifacts
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.gate import decide
 from errata.manifests import Manifest
+from errata.monitors.locality import PROBE_TEXTS
 from errata.report import Report
 from errata.rounds import Prepared, PreparedRecord, Round
+from errata.world import FILLER
 from registry.orders import Order
 from registry.stream import Stream
 from tasks._progress import show_progress
@@ -36,6 +38,8 @@ def judge_candidate(stream: str, order: str, prepared: Prepared, candidate: Roun
             read_retention(opened),
             settings.evaluate,
             diagnoses=record.diagnoses,
+            fits=candidate.fits,
+            probe_texts=FILLER if model.ref.kind == "builtin" else PROBE_TEXTS,
             progress=lambda _stage, done, total: on_progress(done, total),
         )
     report = report.model_copy(update={"live": opened.index.counts().get("live", 0) - len(leaving) + len(candidate.rest)})

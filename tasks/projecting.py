@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from errata.editors.artifacts import load_artifact
+from errata.errors import RegistryError
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
 from errata.modeling.tokens import encode_prompt
@@ -33,30 +34,39 @@ _LONGEST = 250
 
 @stage
 def project_versions(stream: str) -> int | None:
-    """Make MLflow show the log: a version per accepted commit, the alias on the champion's. Safe to repeat; the number of the
-    champion's version, None while the stream has no accepted commit.
+    """See `show_log`; the number of the champion's version."""
+    return show_log(*open_named(stream))[0]
+
+
+def show_log(settings: Settings, stream: Stream) -> tuple[int | None, int]:
+    """Make MLflow show the log: a version per accepted commit, the alias on the champion's. Safe to repeat.
+
+    Returns:
+        Number of the champion's version, None while no commit has been accepted; and how many versions were made.
 
     Raises:
         RegistryError: MLflow fails, or what is read back from it is not what was accepted.
     """
-    settings, opened = open_named(stream)
+    if stream.head.champion == 0:
+        return None, 0
     registry = open_registry(settings)
-    model = load_model(settings, opened)
-    for commit in find_unshown(opened, registry):
+    unshown = find_unshown(stream, registry)
+    model = load_model(settings, stream)
+    for commit in unshown:
         with tempfile.TemporaryDirectory(prefix="errata-") as work:
-            registry.project(build_release(opened, model, commit, Path(work)))
+            registry.project(build_release(stream, model, commit, Path(work)))
     while True:
-        champion = opened.head.champion
-        version = registry.find_version(opened.name, champion)
+        champion = stream.head.champion
+        version = registry.find_version(stream.name, champion)
         if version is None:
-            return None
-        shown = registry.champion(opened.name)
+            raise RegistryError(f"MLflow at {registry.tracking_uri}: expected a version for commit {champion} after showing it, found none")
+        shown = registry.champion(stream.name)
         if shown is None or shown.number != version.number:
-            verify_version(opened, model, registry, version)
+            verify_version(stream, model, registry, version)
             registry.point_alias(version)
         # MLflow has no compare-and-swap: whoever committed meanwhile must not find an older champion behind theirs.
-        if opened.refresh().champion == champion:
-            return version.number
+        if stream.refresh().champion == champion:
+            return version.number, len(unshown)
 
 
 def open_registry(settings: Settings) -> ModelRegistry:

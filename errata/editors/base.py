@@ -61,19 +61,25 @@ class Pairs:
             digests.append(digest.hexdigest())
         return digests
 
-    def to_bytes(self) -> bytes:
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """`r` [n, d_out] and `k.<layer>` [n, d_in], as they are stored."""
         tensors = {"r": self.residuals, **{f"k.{layer}": keys for layer, keys in self.keys.items()}}
-        contiguous = {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
-        metadata = {"base": self.base, "prepare": self.prepare, "owners": self.owners}
-        return pack_tensors("pairs", _FORMAT, contiguous, metadata)
+        return {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_tensors(cls, base: str, prepare: str, owners: Sequence[Sequence[str]], tensors: Mapping[str, torch.Tensor]) -> Self:
+        """The inverse of `to_tensors`."""
+        keys = {int(name.removeprefix("k.")): tensor for name, tensor in tensors.items() if name.startswith("k.")}
+        return cls(base, prepare, tuple(tuple(ids) for ids in owners), tensors["r"], keys)
+
+    def to_bytes(self) -> bytes:
+        return pack_tensors("pairs", _FORMAT, self.to_tensors(), {"base": self.base, "prepare": self.prepare, "owners": self.owners})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Raises FormatError: not pairs of this format."""
         tensors, metadata = unpack_tensors(data, "pairs", _FORMAT)
-        keys = {int(name.removeprefix("k.")): tensor for name, tensor in tensors.items() if name != "r"}
-        owners = tuple(tuple(ids) for ids in metadata["owners"])
-        return cls(metadata["base"], metadata["prepare"], owners, tensors["r"], keys)
+        return cls.from_tensors(metadata["base"], metadata["prepare"], metadata["owners"], tensors)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:

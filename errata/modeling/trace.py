@@ -15,9 +15,7 @@ class _EarlyExit(Exception):
 
 
 @contextmanager
-def trace_inputs(
-    modules: Mapping[Any, nn.Module], capture: Capture, *, stop: bool = False
-) -> Iterator[dict[Any, torch.Tensor]]:
+def trace_inputs(modules: Mapping[Any, nn.Module], capture: Capture, *, stop: bool = False) -> Iterator[dict[Any, torch.Tensor]]:
     """Collect the first input of each module, as `capture` cuts it.
 
     Args:

@@ -47,7 +47,7 @@ class LocalStorage:
                 self._link(temporary, path)
             finally:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
+                    temporary.unlink()
             self._flush_folder(path.parent)
         except OSError as error:
             raise StorageError(f"expected to store {len(data)} bytes as {path}: {error.strerror}") from error
@@ -95,7 +95,7 @@ class LocalStorage:
         self._flush_folder(folder.parent)
 
     def _write(self, path: Path, data: bytes) -> None:
-        with open(path, "xb") as file:
+        with path.open("xb") as file:
             file.write(data)
             file.flush()
             # Some mounted file systems know no permissions; read-only is a guard against accidents, not a promise.

@@ -8,7 +8,7 @@ import pytest
 
 from errata.batching import Arrival, propose_batch
 from errata.edits import Edit, Refusal, Submission
-from errata.precedence import EmptyLookup, EditRow, Lookup
+from errata.precedence import EditRow, EmptyLookup, Lookup
 from errata.readers import report
 from errata.readers.files import read_edits
 from errata.readers.report import CheckReport, check_edits
@@ -45,7 +45,9 @@ def test_each_record_is_counted_once() -> None:
         submit("Ada", "Paris", "f[0]"),
         submit("Ada", "Paris", "f[1]"),
         submit("ADA", "Rome", "f[2]"),
-        submit("Bo", "Rome", "f[3]", paraphrase_prompts=["Bo's home is", "Bo dwells in"], neighborhood_prompts=["Cy lives in"], source="zsRE"),
+        submit(
+            "Bo", "Rome", "f[3]", paraphrase_prompts=["Bo's home is", "Bo dwells in"], neighborhood_prompts=["Cy lives in"], source="zsRE"
+        ),
         Refusal(origin="f[4]", field="prompt", reason="expected exactly one '{}', found 0 in 'x'"),
         Refusal(origin="f[5]", field="prompt", reason="expected exactly one '{}', found 2 in '{} {}'"),
         Refusal(origin="f[6]", field="subject", reason="expected text, found 5"),

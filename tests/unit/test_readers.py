@@ -17,16 +17,17 @@ from errata.readers.foreign import open_slot
 
 SHARED = Path(os.environ.get("ERRATA_TEST_SHARED") or Path(__file__).resolve().parents[3] / "shared")
 OURS = {"subject": "Ada", "prompt": "{} lives in", "target_new": "Rome"}
+REWRITE = {
+    "prompt": "The mother tongue of {} is",
+    "relation_id": "P103",
+    "target_new": {"str": "English", "id": "Q1860"},
+    "target_true": {"str": "French", "id": "Q150"},
+    "subject": "Danielle Darrieux",
+}
 COUNTERFACT = {
     "case_id": 7,
     "pararel_idx": 2796,
-    "requested_rewrite": {
-        "prompt": "The mother tongue of {} is",
-        "relation_id": "P103",
-        "target_new": {"str": "English", "id": "Q1860"},
-        "target_true": {"str": "French", "id": "Q150"},
-        "subject": "Danielle Darrieux",
-    },
+    "requested_rewrite": REWRITE,
     "paraphrase_prompts": ["Danielle Darrieux, a native"],
     "neighborhood_prompts": ["Michel Rocard is a native speaker of"],
     "generation_prompts": ["Danielle Darrieux's mother tongue is"],
@@ -182,11 +183,19 @@ def test_a_subject_that_is_not_in_its_prompt_is_refused() -> None:
         ({**OURS, "subject": None}, "subject", "expected text, found null"),
         ({**OURS, "subject": "\ud800"}, "subject", "expected Unicode text, found the lone surrogate \\ud800"),
         ({"subject": "Ada", "prompt": "{} lives in"}, "target_new", "expected a value, found none"),
-        ({"subject": "Ada", "prompt": "{} lives in", "targetnew": "x"}, "targetnew", "unknown field 'targetnew'; did you mean 'target_new'?"),
+        (
+            {"subject": "Ada", "prompt": "{} lives in", "targetnew": "x"},
+            "targetnew",
+            "unknown field 'targetnew'; did you mean 'target_new'?",
+        ),
         ({**OURS, "colour": "red"}, "colour", "unknown field 'colour'; expected one of again, force, id"),
         ({**OURS, "id": "a b"}, "id", "expected a name without white space"),
         ({**OURS, "id": "x" * 201}, "id", "expected 1 to 200 characters, found 201"),
-        ({**OURS, "submitted_at": "2026-01-01"}, "submitted_at", "expected a time with its zone, such as 2026-01-31T12:00:00Z, found '2026-01-01'"),
+        (
+            {**OURS, "submitted_at": "2026-01-01"},
+            "submitted_at",
+            "expected a time with its zone, such as 2026-01-31T12:00:00Z, found '2026-01-01'",
+        ),
         ({**OURS, "submitted_at": "soon"}, "submitted_at", "expected a time such as 2026-01-31T12:00:00Z, found 'soon'"),
         ({**OURS, "again": "perhaps"}, "again", "expected true or false, found 'perhaps'"),
         ({**OURS, "paraphrase_prompts": "x"}, "paraphrase_prompts", "expected a list, found 'x'"),
@@ -196,18 +205,26 @@ def test_a_subject_that_is_not_in_its_prompt_is_refused() -> None:
         ({**OURS, "neighborhood_prompts": [{"prompt": "x", "answer": "y"}]}, "neighborhood_prompts[0].answer", "unknown field 'answer'"),
         ({**OURS, "portability_prompts": [5]}, "portability_prompts[0]", "expected an object, found 5"),
         ({"requested_rewrite": "x"}, "requested_rewrite", "expected an object, found 'x'"),
-        ({"requested_rewrite": {**COUNTERFACT["requested_rewrite"], "target_new": {"str": ""}}}, "requested_rewrite.target_new", "found an empty string"),  # type: ignore[dict-item]
+        ({"requested_rewrite": {**REWRITE, "target_new": {"str": ""}}}, "requested_rewrite.target_new", "found an empty string"),
         ({**ZSRE, "alt": ""}, "alt", "expected some text, found an empty string"),
         ({**FLAT, "subject": ""}, "subject", "expected some text, found an empty string"),
         ({**KNOWEDIT, "locality": 5}, "locality", "expected an object of lists, found 5"),
-        ({**KNOWEDIT, "portability": {"Reasoning": ["x"]}}, "portability.Reasoning[0]", "expected an object with prompt and ground_truth, found 'x'"),
+        (
+            {**KNOWEDIT, "portability": {"Reasoning": ["x"]}},
+            "portability.Reasoning[0]",
+            "expected an object with prompt and ground_truth, found 'x'",
+        ),
         ([OURS], None, "expected an object with the fields of an edit, found a list of 1"),
         ("x", None, "expected an object with the fields of an edit, found 'x'"),
-        (b'{"subject": "Ada", "subject": "Bo", "prompt": "{} x", "target_new": "y"}', None, "expected each field once, found 'subject' twice"),
+        (
+            b'{"subject": "Ada", "subject": "Bo", "prompt": "{} x", "target_new": "y"}',
+            None,
+            "expected each field once, found 'subject' twice",
+        ),
         (b'{"subject": "Ada"', None, "expected JSON, found the end of the line at column 18"),
         (b'{"subject": "\xff"}', None, "expected UTF-8, found byte 0xff at column 14"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_record_is_refused_and_the_others_go_on(record: Any, field: str | None, reason: str) -> None:
     first, refusal, last = read(OURS, record, {**OURS, "subject": "Bo"})
     assert isinstance(first, Submission)
@@ -222,7 +239,14 @@ def test_a_wrong_record_is_refused_and_the_others_go_on(record: Any, field: str 
 def test_a_record_in_no_known_form_is_told_the_known_ones() -> None:
     reason = refuse_one({"question": "?", "answer": "!"}).reason
     assert reason.endswith("found an object with 'question', 'answer'")
-    for telling in ("requested_rewrite", "src, alt", "locality, portability", "rephrase_prompt", "cf_rephrase_prompt", "subject, prompt with {}"):
+    for telling in (
+        "requested_rewrite",
+        "src, alt",
+        "locality, portability",
+        "rephrase_prompt",
+        "cf_rephrase_prompt",
+        "subject, prompt with {}",
+    ):
         assert telling in reason
 
 
@@ -234,7 +258,10 @@ def test_a_record_in_no_known_form_is_told_the_known_ones() -> None:
     [
         (b"", "expected edits, found an empty file"),
         (b"\xef\xbb\xbf\r\n \n", "expected edits, found an empty file"),
-        (b"subject,prompt\nAda,{} lives in\n", "expected JSON lines or a JSON array in one of the known forms: CounterFact (requested_rewrite)"),
+        (
+            b"subject,prompt\nAda,{} lives in\n",
+            "expected JSON lines or a JSON array in one of the known forms: CounterFact (requested_rewrite)",
+        ),
         (b"\x1f\x8b\x08\x00", "expected JSON lines or a JSON array in one of the known forms"),
         (json.dumps(OURS).encode("utf-16"), "expected UTF-8, found UTF-16"),
     ],
@@ -263,11 +290,12 @@ def test_an_array_is_counted_by_index_and_keeps_its_good_records() -> None:
 
 def test_a_truncated_array_keeps_its_whole_records_and_says_where_it_ends() -> None:
     data = json.dumps([OURS, FLAT, ZSRE], indent=2).encode()
-    *whole, last = read_edits(io.BytesIO(data[:-40]), "f")
+    cut = data[:-40]
+    *whole, last = read_edits(io.BytesIO(cut), "f")
     assert [type(result) for result in whole] == [Submission, Submission]
     assert isinstance(last, Refusal)
     assert last.origin == "f[2]"
-    assert f"found the end of the file (line {data[:-40].count(b'\n') + 1})" in last.reason
+    assert f"found the end of the file (line {len(cut.splitlines())})" in last.reason
 
 
 def test_a_truncated_last_line_is_said_to_be_cut() -> None:

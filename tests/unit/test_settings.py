@@ -37,7 +37,10 @@ def test_a_section_in_part_keeps_the_other_defaults(monkeypatch: pytest.MonkeyPa
     ("text", "said"),
     [
         ('rot = "x"', f"{SETTINGS_FILE}: rot: unknown setting 'rot'; did you mean 'root'?"),
-        ("[gate]\nmin_eficacy = 0.5", f"{SETTINGS_FILE}: gate.min_eficacy: unknown setting 'gate.min_eficacy'; did you mean 'gate.min_efficacy'?"),
+        (
+            "[gate]\nmin_eficacy = 0.5",
+            f"{SETTINGS_FILE}: gate.min_eficacy: unknown setting 'gate.min_eficacy'; did you mean 'gate.min_efficacy'?",
+        ),
         ("[gate]\nmin_efficacy = 2", f"{SETTINGS_FILE}: gate.min_efficacy: expected a value less than or equal to 1, found 2"),
         ("[gate]\nn_min = 1.5", f"{SETTINGS_FILE}: gate.n_min: expected a whole number, found 1.5"),
         ("gate = 3", f"{SETTINGS_FILE}: gate: expected an object, found 3"),

@@ -4,6 +4,7 @@ The published code (nlpkeg/D4S at c049ea7) keeps its sums in a module global, ca
 under lower updates, which makes them depend on order. Here keys and residuals are read from the base only, so that pairs commute.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from errata.editors.base import Pairs, Preparation, Prepared, Progress
 from errata.editors.d4s.moments import Moments
 from errata.editors.d4s.reading import read_base
 from errata.editors.d4s.rows import EditRows, build_rows
-from errata.editors.d4s.solve import factor_system, measure_fit, solve_weights
+from errata.editors.d4s.solve import PairSystem, SumSystem, factor_moments
 from errata.editors.d4s.state import D4SState
 from errata.editors.d4s.targets import optimise_targets
 from errata.edits import Edit
@@ -23,8 +24,8 @@ from errata.modeling.layout import ModelLayout
 from errata.modeling.loading import Base
 from errata.profiles import Profile
 
-_CHUNK_TOKENS = 16_384
-"""Padded tokens optimised side by side; bounds the cached keys and values (0.7 GB on a GPT-2-small shape with layers 0–4 edited)."""
+_CHUNK_TOKENS = 4_096
+"""Padded tokens optimised side by side. Bounds the memory of one step, while matrix products are already as wide as they need to be."""
 
 
 class D4S:
@@ -46,6 +47,8 @@ class D4S:
         if missing:
             raise EditorError(f"second moments: expected layers {list(profile.prepare.layers)}, found none for {sorted(missing)}")
         self._profile, self._moments, self._layout = profile, moments, layout
+        # Layer → factor of C, made when first wanted: C never changes.
+        self._factors: dict[int, torch.Tensor] = {}
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -75,7 +78,7 @@ class D4S:
             reading = read_base(base, chosen, options.layers)
             residuals, measured = optimise_targets(base, chosen, reading, options)
             keys = {layer: key.cpu() for layer, key in reading.keys.items()}
-            finite = [i for i in range(len(chunk)) if _is_finite(residuals[i], [key[i] for key in keys.values()])]
+            finite = [i for i in range(len(chunk)) if _is_finite(measured[i], residuals[i], [key[i] for key in keys.values()])]
             refused |= {chunk[i]: "its optimisation gave non-finite values" for i in range(len(chunk)) if i not in finite}
             notes |= {chunk[i]: measured[i] for i in finite}
             owners = tuple((edit_id,) for edit_id in chunk)
@@ -102,18 +105,32 @@ class D4S:
     def solve(self, state: D4SState) -> WeightDelta | None:
         if state.count == 0:
             return None
-        solve = self._profile.solve
-        share = len(self._profile.prepare.layers) if solve.spread == "even" else 1
-        deltas = solve_weights(state, self._moments.c, solve.lam, share)
-        return WeightDelta(self._profile.base, {self._layout.weight_name(layer): delta.float() for layer, delta in deltas.items()})
+        layers = self._profile.prepare.layers
+        share = len(layers) if self._profile.solve.spread == "even" else 1
+        deltas = {}
+        for layer in layers:
+            delta = self._form(state, layer).solve(state.rk[layer] if state.pairs is None else state.pairs.residuals) / share
+            if not torch.isfinite(delta).all():
+                raise EditorError(f"layer {layer}: the solved delta is not finite")
+            deltas[self._layout.weight_name(layer)] = delta.float()
+        return WeightDelta(self._profile.base, deltas)
 
     def measure_fits(self, state: D4SState, pairs: Pairs) -> torch.Tensor:
         """ρ of each pair, meaned over layers: [n] float64. Near 0 the edit is not written; near 1 λ no longer protects anything."""
-        fits = []
-        for layer, keys in pairs.keys.items():
-            system = self._moments.c[layer].double() * self._profile.solve.lam + state.kk[layer]
-            fits.append(measure_fit(keys, factor_system(system, layer)))
+        fits = [self._form(state, layer).measure_fit(keys) for layer, keys in pairs.keys.items()]
         return torch.stack(fits).mean(dim=0)
+
+    def _form(self, state: D4SState, layer: int) -> PairSystem | SumSystem:
+        """One layer's system, in the form of the state. Raises EditorError: it is singular."""
+        lam, c = self._profile.solve.lam, self._moments.c[layer]
+        try:
+            if state.pairs is None:
+                return SumSystem.form(state.kk[layer], c, lam)
+            if layer not in self._factors:
+                self._factors[layer] = factor_moments(c)
+            return PairSystem.form(state.pairs.keys[layer], self._factors[layer], lam)
+        except EditorError as error:
+            raise EditorError(f"layer {layer}: {error}") from None
 
 
 def _chunk(rows: Mapping[str, EditRows]) -> list[list[str]]:
@@ -130,5 +147,5 @@ def _chunk(rows: Mapping[str, EditRows]) -> list[list[str]]:
     return chunks
 
 
-def _is_finite(residual: torch.Tensor, keys: Sequence[torch.Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in (residual, *keys))
+def _is_finite(note: Preparation, residual: torch.Tensor, keys: Sequence[torch.Tensor]) -> bool:
+    return math.isfinite(note.loss) and all(bool(torch.isfinite(tensor).all()) for tensor in (residual, *keys))

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -74,10 +75,10 @@ def collect_moments(
     for chunk in _chunk(rows):
         if counted >= wanted:
             break
-        ids, mask = pad_rows(chunk, pad, "right", base.device)
+        batch, mask = pad_rows(chunk, pad, "right", base.device)
         real = mask.bool()
-        with trace_inputs(modules, lambda inputs, real=real: inputs[real].double(), stop=True) as found:
-            base.model.get_submodule(base.layout.body)(input_ids=ids, use_cache=False)
+        with trace_inputs(modules, partial(_take_real, real), stop=True) as found:
+            base.model.get_submodule(base.layout.body)(input_ids=batch, use_cache=False)
         for layer, keys in found.items():
             gram = keys.T @ keys
             sums[layer] = sums[layer] + gram if layer in sums else gram
@@ -88,6 +89,10 @@ def collect_moments(
         raise EditorError("second moments: expected a corpus with some text, found no tokens")
     c = {layer: (total / counted).float().cpu().contiguous() for layer, total in sums.items()}
     return Moments(base.digest, digest_of(canonical_json(list(texts))), seed, counted, c)
+
+
+def _take_real(real: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    return inputs[real].double()
 
 
 def _chunk(rows: Sequence[list[int]]) -> list[list[list[int]]]:

@@ -1,70 +1,103 @@
-"""From sums to weights: `ΔW_l = rk_l (λ C_l + kk_l)⁻¹ / share_l` (D4S eq. 4 and 9; with W0-anchored residuals this is batch ridge
-regression, hence equal to recursive least squares in any order; algorithms.md §T)."""
+"""From pairs or sums to weights: `ΔW = R Kᵀ (λC + K Kᵀ)⁻¹` (D4S eq. 4 and 9).
 
-from collections.abc import Mapping
+With W0-anchored residuals this is batch ridge regression, hence equal to recursive least squares in any order (algorithms.md §T). Both
+forms below are the same matrix. With n pairs of width d the dual form costs n·d² and n³ beside one factor of C that never changes; the
+primal form costs d³ and d²·d_out at any n.
+"""
+
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
-from errata.editors.d4s.state import D4SState
 from errata.errors import EditorError
 
 _JITTER = 1e-6
-"""Diagonal added to a C that is not positive definite (few samples), as a fraction of its mean diagonal."""
+"""Added to the diagonal of C, as a fraction of its mean: C is stored in float32 and comes from finitely many tokens (a silent unit has
+an empty row), so that directions below this are noise. Added always, not where a factorisation fails: all solves must share one C."""
 
 
-def solve_weights(state: D4SState, moments: Mapping[int, torch.Tensor], lam: float, share: int) -> dict[int, torch.Tensor]:
-    """ΔW of every edited layer.
+@dataclass(frozen=True)
+class PairSystem:
+    """Dual form, for few pairs (Woodbury): with L Lᵀ = C and H = L⁻¹ K / √λ, `ΔW = R (I + HᵀH)⁻¹ Hᵀ L⁻¹ / √λ`."""
 
-    Args:
-        state: sums over the live pairs.
-        moments: layer → C [d_in, d_in], the uncentred second moment E[k kᵀ] of preserved keys.
-        lam: λ, the pseudo-count of preserved keys.
-        share: number of layers that share the residual.
+    lower: torch.Tensor
+    """L [d_in, d_in], from `factor_moments`."""
+    half: torch.Tensor
+    """H [d_in, n]."""
+    gram: torch.Tensor
+    """Cholesky factor of I + HᵀH [n, n]."""
+    lam: float
 
-    Returns:
-        layer → [d_out, d_in] float64; empty for a state of count 0.
+    @classmethod
+    def form(cls, keys: torch.Tensor, lower: torch.Tensor, lam: float) -> Self:
+        """Args: keys [n, d_in]; lower from `factor_moments`."""
+        half = torch.linalg.solve_triangular(lower, keys.double().T, upper=False) / lam**0.5
+        identity = torch.eye(len(keys), dtype=torch.float64)
+        return cls(lower, half, _factor(identity + half.T @ half, "I + KᵀK/λC"), lam)
+
+    def solve(self, residuals: torch.Tensor) -> torch.Tensor:
+        """ΔW [d_out, d_in] float64 from R [n, d_out]."""
+        weights = torch.cholesky_solve(residuals.double(), self.gram)
+        # The triangular solve is the costly part: over n columns or over d_out, whichever is fewer.
+        if self.half.shape[1] <= weights.shape[1]:
+            whole = torch.linalg.solve_triangular(self.lower.T, self.half, upper=True) @ weights
+        else:
+            whole = torch.linalg.solve_triangular(self.lower.T, self.half @ weights, upper=True)
+        delta: torch.Tensor = whole.T / self.lam**0.5
+        return delta
+
+    def measure_fit(self, keys: torch.Tensor) -> torch.Tensor:
+        """ρ = kᵀ (λC + kk)⁻¹ k per row of [n, d_in], in [0, 1): the fraction of its own residual that an edit realises."""
+        half = torch.linalg.solve_triangular(self.lower, keys.double().T, upper=False) / self.lam**0.5
+        explained = torch.linalg.solve_triangular(self.gram, self.half.T @ half, upper=False)
+        fit: torch.Tensor = half.square().sum(dim=0) - explained.square().sum(dim=0)
+        return fit
+
+
+@dataclass(frozen=True)
+class SumSystem:
+    """Primal form, for any number of pairs: `ΔW = rk (λC + kk)⁻¹`."""
+
+    factor: torch.Tensor
+    """Cholesky factor of λC + kk [d_in, d_in]."""
+
+    @classmethod
+    def form(cls, kk: torch.Tensor, c: torch.Tensor, lam: float) -> Self:
+        """Args: kk [d_in, d_in] float64; c the second moment [d_in, d_in]."""
+        return cls(_factor(torch.add(kk, _regularise(c), alpha=lam), "λC + kk"))
+
+    def solve(self, rk: torch.Tensor) -> torch.Tensor:
+        """ΔW [d_out, d_in] float64 from rk [d_out, d_in]."""
+        return torch.cholesky_solve(rk.T, self.factor).T
+
+    def measure_fit(self, keys: torch.Tensor) -> torch.Tensor:
+        """As `PairSystem.measure_fit`."""
+        half: torch.Tensor = torch.linalg.solve_triangular(self.factor, keys.double().T, upper=False)
+        return half.square().sum(dim=0)
+
+
+def factor_moments(c: torch.Tensor) -> torch.Tensor:
+    """Lower Cholesky factor of C, float64.
 
     Raises:
-        EditorError: λC + kk is singular even with jitter, or the solution is not finite.
+        EditorError: C is not positive definite.
     """
-    deltas = {}
-    for layer, rk in state.rk.items():
-        factor = factor_system(moments[layer].double() * lam + state.kk[layer], layer)
-        delta = torch.cholesky_solve(rk.T, factor).T / share
-        if not torch.isfinite(delta).all():
-            raise EditorError(f"layer {layer}: the solved delta is not finite")
-        deltas[layer] = delta
-    return deltas
+    return _factor(_regularise(c), "C")
 
 
-def factor_system(system: torch.Tensor, layer: int) -> torch.Tensor:
-    """Lower Cholesky factor of a symmetric positive definite [d, d] float64 matrix, with jitter where it is only semi-definite.
+def _regularise(c: torch.Tensor) -> torch.Tensor:
+    whole = c.to(torch.float64, copy=True)
+    whole.diagonal().add_(_JITTER * whole.diagonal().mean())
+    return whole
 
-    Raises:
-        EditorError: not positive definite even so.
-    """
+
+def _factor(system: torch.Tensor, name: str) -> torch.Tensor:
+    factor: torch.Tensor
     factor, info = torch.linalg.cholesky_ex(system)
-    if info.item() == 0:
-        return factor
-    jitter = _JITTER * system.diagonal().mean()
-    factor, info = torch.linalg.cholesky_ex(system + jitter * torch.eye(len(system), dtype=system.dtype, device=system.device))
     if info.item() != 0:
         raise EditorError(
-            f"layer {layer}: λC + kk is not positive definite at row {info.item()} of {len(system)}; "
-            "C comes from too few tokens, or λ is too small"
+            f"expected {name} to be positive definite, found that it is not at row {int(info)} of {len(system)}; "
+            "the second moments C are not those of a corpus, or the sums hold values that are not finite"
         )
     return factor
-
-
-def measure_fit(keys: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """ρ = kᵀ (λC + kk)⁻¹ k per row: the fraction of its own residual that an edit with key k realises (algorithms.md §1.1).
-
-    Args:
-        keys: [n, d_in].
-        factor: from `factor_system`.
-
-    Returns:
-        [n] float64 in [0, 1).
-    """
-    half = torch.linalg.solve_triangular(factor, keys.double().T, upper=False)
-    return half.square().sum(dim=0)

@@ -1,5 +1,10 @@
-"""D4S sums: all that is kept of past edits, of a size that does not depend on their number (D4S eq. 6–8; algorithms.md §1, §T)."""
+"""What D4S keeps of past edits: the live pairs themselves while they are few, then only their sums (D4S eq. 6–8; algorithms.md §1, §T).
 
+Few pairs take less room than the sums and less work to solve, and they are a set: equal contents are equal bytes and equal weights to
+the bit, whatever the order and the batches. Sums have a size that does not depend on the number of edits; there, equal means 1e-8.
+"""
+
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -13,42 +18,66 @@ from errata.errors import EditorError
 _FORMAT = 1
 _STRIP = 512
 """Rows per stored strip of the upper triangle of kk."""
+_FEW = 4
+"""Pairs are kept while their number is at most the narrowest d_in divided by this: about where solving by sums becomes as fast."""
 
 
 @dataclass(frozen=True)
 class D4SState:
-    """`rk_l = Σ r k_lᵀ` and `kk_l = Σ k_l k_lᵀ` over the live pairs, float64."""
+    """The live pairs, or `rk_l = Σ r k_lᵀ` and `kk_l = Σ k_l k_lᵀ` over them in float64; neither when count is 0."""
 
     base: str
     prepare: str
     count: int
+    pairs: Pairs | None
+    """In canonical order, that of their row digests; None once they are summed."""
     rk: Mapping[int, torch.Tensor]
-    """Layer → [d_out, d_in] float64; empty when count is 0."""
+    """Layer → [d_out, d_in] float64; empty before."""
     kk: Mapping[int, torch.Tensor]
-    """Layer → [d_in, d_in] float64, symmetric; empty when count is 0."""
+    """Layer → [d_in, d_in] float64, symmetric; empty before."""
 
     @classmethod
     def empty(cls, base: str, prepare: str) -> Self:
-        return cls(base, prepare, 0, {}, {})
+        return cls(base, prepare, 0, None, {}, {})
 
     def add(self, pairs: Pairs) -> Self:
         """Raises BaseMismatchError: pairs of another base or other prepare options."""
-        return self._combine(pairs, 1)
+        pairs.require_same(self.base, self.prepare)
+        if self.rk:
+            return self._combine(pairs, 1)
+        every = _order(pairs if self.pairs is None else Pairs.concatenate([self.pairs, pairs]))
+        state = type(self)(self.base, self.prepare, len(every), every, {}, {})
+        few = min(keys.shape[1] for keys in every.keys.values()) // _FEW
+        return state if len(every) <= few else self.empty(self.base, self.prepare)._combine(every, 1)
 
     def remove(self, pairs: Pairs) -> Self:
-        """Subtract pairs that were added before. A count of 0 gives sums of exactly zero, not of rounding dust.
+        """Take back pairs that were added before. A count of 0 is the empty state itself, not rounding dust.
 
         Raises:
             BaseMismatchError: pairs of another base or other prepare options.
-            EditorError: more pairs than the state holds.
+            EditorError: more pairs than the state holds, or, where it can tell, pairs that it does not hold.
         """
-        return self._combine(pairs, -1)
+        pairs.require_same(self.base, self.prepare)
+        if len(pairs) > self.count:
+            raise EditorError(f"expected at most {self.count} pairs to remove, found {len(pairs)}")
+        if self.pairs is None:
+            return self._combine(pairs, -1)
+        leaving = Counter(pairs.digest_rows())
+        kept = []
+        for row, digest in enumerate(self.pairs.digest_rows()):
+            if leaving[digest]:
+                leaving[digest] -= 1
+            else:
+                kept.append(row)
+        if missing := leaving.total():
+            raise EditorError(f"expected pairs to remove that the state holds, found {missing} of {len(pairs)} that it does not")
+        if not kept:
+            return self.empty(self.base, self.prepare)
+        return type(self)(self.base, self.prepare, len(kept), self.pairs.take(kept), {}, {})
 
     def _combine(self, pairs: Pairs, sign: int) -> Self:
-        pairs.require_same(self.base, self.prepare)
+        """Sums with pairs added or subtracted."""
         count = self.count + sign * len(pairs)
-        if count < 0:
-            raise EditorError(f"expected at most {self.count} pairs to remove, found {len(pairs)}")
         if count == 0:
             return self.empty(self.base, self.prepare)
         residuals = pairs.residuals.double()
@@ -57,22 +86,33 @@ class D4SState:
             keys = stored.double()
             rk[layer] = _accumulate(self.rk.get(layer), residuals, keys, sign)
             kk[layer] = _accumulate(self.kk.get(layer), keys, keys, sign)
-        return type(self)(self.base, self.prepare, count, rk, kk)
+        return type(self)(self.base, self.prepare, count, None, rk, kk)
 
     def to_bytes(self) -> bytes:
         tensors: dict[str, torch.Tensor] = {f"rk.{layer}": rk.contiguous() for layer, rk in self.rk.items()}
         for layer, kk in self.kk.items():
             for start in range(0, len(kk), _STRIP):
                 tensors[f"kk.{layer}.{start}"] = kk[start : start + _STRIP, start:].contiguous()
-        return pack_tensors("d4s_state", _FORMAT, tensors, {"base": self.base, "prepare": self.prepare, "count": self.count})
+        if self.pairs is not None:
+            tensors |= self.pairs.to_tensors()
+        owners = None if self.pairs is None else self.pairs.owners
+        metadata = {"base": self.base, "prepare": self.prepare, "count": self.count, "owners": owners}
+        return pack_tensors("d4s_state", _FORMAT, tensors, metadata)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Raises FormatError: not a D4S state of this format."""
         tensors, metadata = unpack_tensors(data, "d4s_state", _FORMAT)
-        rk = {int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith("rk.")}
+        base, prepare, owners = metadata["base"], metadata["prepare"], metadata["owners"]
+        pairs = None if owners is None else Pairs.from_tensors(base, prepare, owners, tensors)
+        rk = {int(name.removeprefix("rk.")): tensor for name, tensor in tensors.items() if name.startswith("rk.")}
         kk = {layer: _unfold_strips(layer, tensors) for layer in rk}
-        return cls(metadata["base"], metadata["prepare"], metadata["count"], rk, kk)
+        return cls(base, prepare, metadata["count"], pairs, rk, kk)
+
+
+def _order(pairs: Pairs) -> Pairs:
+    digests = pairs.digest_rows()
+    return pairs.take(sorted(range(len(pairs)), key=digests.__getitem__))
 
 
 def _accumulate(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, sign: int) -> torch.Tensor:

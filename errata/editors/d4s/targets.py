@@ -45,7 +45,8 @@ def optimise_targets(
             if step == 1:
                 running = replace(running, reference=spoken[running.essences].detach())
             nll = running.measure_likelihood(spoken)
-            loss = nll + options.kl * running.measure_divergence(spoken) + options.weight_decay * shift.norm(dim=1) / norm[running.edits] ** 2
+            shrink = shift.norm(dim=1) / norm[running.edits].square()
+            loss = nll + options.kl * running.measure_divergence(spoken) + options.weight_decay * shrink
         for edit, value, likelihood in zip(running.edits.tolist(), loss.tolist(), nll.tolist(), strict=True):
             measured[edit] = (value, likelihood, step)
         keep = loss.detach() >= options.stop_loss

@@ -26,6 +26,7 @@ from registry.storage.memory import MemoryStorage
 MakeRelease = Callable[..., Release]
 
 PROMPTS = ["The capital of France is", "Grace Hopper wrote", "Who", "Maria lives in the town of Delft, and the capital of Italy is"]
+OURS = {"errata", "registry", "tasks", "flows"}
 TOKENS = {"max_new_tokens": 8}
 
 
@@ -108,13 +109,13 @@ def test_prompt_longer_than_the_context_loses_its_beginning(champion: Any, base:
 
 def test_sampling_is_seeded_and_follows_the_model(champion: Any, base: Base, deltas: list[WeightDelta]) -> None:
     """1000 samples of one token: the share of the likeliest token is its probability, within four standard errors."""
-    one = {"max_new_tokens": 1, "temperature": 4.0, "seed": 7}
+    one = {"max_new_tokens": 1, "temperature": 1.0, "seed": 7}
     samples = champion.predict(PROMPTS[:1] * 1000, params=one)
     assert champion.predict(PROMPTS[:1] * 1000, params=one) == samples
     assert champion.predict(PROMPTS[:1] * 1000, params={**one, "seed": 8}) != samples
     with attach(base, [deltas[0]]), torch.inference_mode():
         logits = base.model(torch.tensor([base.tokenizer(PROMPTS[0]).input_ids])).logits[0, -1]
-    probabilities = (logits / 4.0).softmax(-1)
+    probabilities = logits.softmax(-1)
     top = int(probabilities.argmax())
     share, expected = samples.count(base.tokenizer.decode([top])) / 1000, float(probabilities[top])
     assert 0.02 < expected < 0.98
@@ -219,16 +220,9 @@ def test_code_in_a_version_is_closed(champion: Any, tmp_path: Path) -> None:
     missing = []
     for path in [served, *code.rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else []
-            )
-            for name in names:
-                assert name.split(".")[0] not in ("registry", "tasks", "flows")
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in [node.module or ""] if isinstance(node, ast.ImportFrom) else named:
                 target = code.joinpath(*name.split("."))
-                if name.split(".")[0] == "errata" and not (target.with_suffix(".py").is_file() or (target / "__init__.py").is_file()):
+                if name.split(".")[0] in OURS and not (target.with_suffix(".py").is_file() or (target / "__init__.py").is_file()):
                     missing.append((path.name, name))
     assert missing == []

@@ -50,6 +50,17 @@ def test_the_cache_can_be_lost(storage: MemoryStorage, tmp_path: Path, damage: s
     assert stream.head.seq == 8
 
 
+def test_a_cache_that_cannot_be_kept_costs_time_only(storage: MemoryStorage, tmp_path: Path, employ: Make, edit: Make) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert open_stream(storage, "main", tmp_path / "file").index.counts() == {"live": 40}
+    stream = open_stream(storage, "main", tmp_path)
+    stream.index._db.execute(f"PRAGMA max_page_count = {stream.index._db.execute('PRAGMA page_count').fetchone()[0]}")
+    batch = [(edit(f"new {i}"), "live") for i in range(200)]
+    assert commit(stream, employ(stream).draft(batch), stream.head).seq == 9
+    assert stream.index.counts() == {"live": 240}
+    assert open_stream(storage, "main", tmp_path).index.counts() == {"live": 240}
+
+
 def test_the_cache_of_another_stream_at_the_same_place_is_not_believed(
     storage: MemoryStorage, tmp_path: Path, start: Make, edit: Make
 ) -> None:

@@ -1,0 +1,40 @@
+"""What the benchmarks share: the built-in base with its editor, and a place for objects."""
+
+from rich.progress import Progress
+
+from errata.builtin import BUILTIN, ensure_builtin
+from errata.editors.d4s.editor import D4S
+from errata.editors.d4s.moments import collect_moments
+from errata.edits import digest_of
+from errata.modeling.loading import Base, load_base
+from errata.profiles import Profile, SolveOptions
+from errata.settings import load_settings
+from errata.suggestions import BUILTIN_SUGGESTION
+from errata.world import World, make_world
+
+
+class MemoryBlobs:
+    """Objects in memory, under their digest."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+
+    def get(self, digest: str) -> bytes:
+        return self._objects[digest]
+
+    def put(self, data: bytes) -> str:
+        digest = digest_of(data)
+        self._objects[digest] = data
+        return digest
+
+
+def load_builtin() -> tuple[Base, D4S, World]:
+    """The built-in base (trained once, then cached), D4S with its profile, and its world."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task("training the built-in base", total=None)
+        folder = ensure_builtin(BUILTIN, load_settings().cache, lambda done, total, _: progress.update(task, completed=done, total=total))
+    base, world = load_base(folder, device="cpu"), make_world(BUILTIN.world)
+    moments = collect_moments(base, BUILTIN_SUGGESTION.prepare.layers, world.corpus(seed=0))
+    solve = SolveOptions(lam=BUILTIN_SUGGESTION.lam, spread="even", moments=digest_of(moments.to_bytes()))
+    profile = Profile(base=base.digest, prepare=BUILTIN_SUGGESTION.prepare, solve=solve)
+    return base, D4S(profile, moments, base.layout), world

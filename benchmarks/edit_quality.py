@@ -1,0 +1,129 @@
+"""How well D4S writes facts into the built-in base: 300 edits of distinct persons in batches of 20, on three seeds, and a mixed stream.
+
+    python -m benchmarks.edit_quality [--edits 300] [--batch 20] [--seeds 3]
+
+Strict argmax accuracy throughout: every token of the answer must be the model's first choice, teacher forced. Specificity and
+untouched facts are counted against the truth, which the base itself does not always say; the base's own share is printed beside.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import MemoryBlobs, load_builtin
+from errata.builtin import CAVEAT
+from errata.candidates import build_candidate, load_artifacts, prepare_batch, start_manifest
+from errata.editors.artifacts import load_artifact
+from errata.editors.d4s.editor import D4S
+from errata.edits import Edit
+from errata.evaluation.metrics import all_correct
+from errata.evaluation.scoring import score_targets
+from errata.manifests import Manifest, PairRef
+from errata.modeling.loading import Base
+from errata.modeling.patch import attach
+from errata.world import World
+
+Rows = Sequence[tuple[str, str]]
+_UNTOUCHED = 2_000
+
+out = Console(width=120)
+
+
+def run(
+    edits: Annotated[int, typer.Option(help="Edits per stream.")] = 300,
+    batch: Annotated[int, typer.Option(help="Edits per batch.")] = 20,
+    seeds: Annotated[int, typer.Option(help="Streams of distinct persons; the first is the shipped one.")] = 3,
+) -> None:
+    base, editor, world = load_builtin()
+    out.print(f"[dim]{CAVEAT}[/]")
+    table = Table(title=f"{edits} edits of distinct persons, single-token targets, batches of {batch}: strict argmax accuracy")
+    for name in ("seed", "efficacy", "generalization", "specificity", "(base)", "untouched", "(base)", "one by one: max |Δ| relative"):
+        table.add_column(name, justify="right")
+    for seed in range(seeds):
+        stream = world.make_edits(edits, seed, "distinct")
+        table.add_row(str(seed), *_measure_distinct(base, editor, world, stream, batch))
+    out.print(table)
+    _measure_mixed(base, editor, world.make_edits(edits, 0, "mixed"), batch)
+
+
+def _measure_distinct(base: Base, editor: D4S, world: World, stream: Sequence[Edit], batch: int) -> list[str]:
+    blobs = MemoryBlobs()
+    manifest, refs = write_stream(blobs, base, editor, stream, batch)
+    alone = start_manifest(editor, base.digest, "")
+    for edit in stream:
+        alone = build_candidate(blobs, editor, alone, [refs[edit.edit_id]], [], snapshot_every=50).manifest
+    gap = _compare(blobs, manifest, alone)
+    neighbours = [(probe.prompt, probe.answers[0]) for edit in stream for probe in edit.neighborhood_prompts]
+    untouched = world.untouched(stream)[:_UNTOUCHED]
+    base_near, base_far = share(base, neighbours), share(base, untouched)
+    with attach(base, load_artifacts(blobs, manifest)):
+        efficacy = share(base, [(edit.rewrite_prompt, edit.target_new) for edit in stream])
+        general = share(base, [(prompt, edit.target_new) for edit in stream for prompt in edit.paraphrase_prompts])
+        near, far = share(base, neighbours), share(base, untouched)
+    return [*(f"{value:.3f}" for value in (efficacy, general, near, base_near, far, base_far)), f"{gap:.1e}"]
+
+
+def _measure_mixed(base: Base, editor: D4S, stream: Sequence[Edit], batch: int) -> None:
+    """Several edits per person, re-edits of a slot, targets of two tokens: what fails, and why."""
+    blobs = MemoryBlobs()
+    manifest, _ = write_stream(blobs, base, editor, stream, batch)
+    live = list({edit.slot: edit for edit in stream}.values())
+    per_person = Counter(edit.subject for edit in live)
+    reedited = {slot for slot, count in Counter(edit.slot for edit in stream).items() if count > 1}
+    groups = {
+        "all live edits": live,
+        "only edit of its person": [edit for edit in live if per_person[edit.subject] == 1],
+        "one of several of its person": [edit for edit in live if per_person[edit.subject] > 1],
+        "replaced an earlier edit": [edit for edit in live if edit.slot in reedited],
+        "target of two words": [edit for edit in live if " " in edit.target_new],
+    }
+    table = Table(title=f"mixed stream: {len(stream)} edits, {len(live)} live")
+    for name in ("group", "edits", "efficacy", "generalization"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    with attach(base, load_artifacts(blobs, manifest)):
+        for name, group in groups.items():
+            took = share(base, [(edit.rewrite_prompt, edit.target_new) for edit in group])
+            general = share(base, [(prompt, edit.target_new) for edit in group for prompt in edit.paraphrase_prompts])
+            table.add_row(name, str(len(group)), f"{took:.3f}", f"{general:.3f}")
+    out.print(table)
+    out.print(
+        "Several edits of one person share nearly one key at the subject's last token, so their sums ask for the mean of their residuals "
+        "(algorithms.md Part 5, 4): those that fail, fail for that reason. Joint targets per subject (key groups, design §5) are the remedy."
+    )
+
+
+def write_stream(blobs: MemoryBlobs, base: Base, editor: D4S, stream: Sequence[Edit], batch: int) -> tuple[Manifest, dict[str, PairRef]]:
+    """All edits, batch by batch, through the code a stream uses; a later edit of a slot replaces the earlier one."""
+    manifest = start_manifest(editor, base.digest, "")
+    live: dict[str, Edit] = {}
+    refs: dict[str, PairRef] = {}
+    for start in range(0, len(stream), batch):
+        chunk = list({edit.slot: edit for edit in stream[start : start + batch]}.values())
+        prepared = prepare_batch(blobs, editor, base, chunk, {}, lambda *_: None)
+        remove = [refs[live[edit.slot].edit_id] for edit in chunk if edit.slot in live]
+        refs |= prepared.refs
+        manifest = build_candidate(blobs, editor, manifest, [refs[edit.edit_id] for edit in chunk], remove, snapshot_every=10).manifest
+        live |= {edit.slot: edit for edit in chunk}
+    return manifest, refs
+
+
+def share(base: Base, rows: Rows) -> float:
+    """Share of (prompt, answer) whose answer is the model's choice, every token of it."""
+    scored = score_targets(base, rows, batch_tokens=2_048)
+    return sum(all_correct(scored[row].chosen, scored[row].target) for row in rows) / max(len(rows), 1)
+
+
+def _compare(blobs: MemoryBlobs, one: Manifest, other: Manifest) -> float:
+    """Largest difference between two manifests' deltas, relative to the largest entry."""
+    left, right = (load_artifact(blobs.get(manifest.artifacts[0])).deltas for manifest in (one, other))
+    return max(float((left[name] - right[name]).abs().max() / left[name].abs().max()) for name in left)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    typer.run(run)

@@ -1,0 +1,359 @@
+"""The `errata` command. Reading commands import no torch, Prefect or MLflow and answer in about a second."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from errata.edits import Refusal, Submission, canonical_json, digest_of
+from errata.errors import ErrataError, InputError
+from errata.settings import Settings, load_settings
+from flows import lookup, views
+from registry.inbox import drop_file
+from registry.stream import Stream, open_stream
+
+EPILOG = "Exit codes: 0 done, 1 fault, 2 bad input, 3 refused by the gate, 4 conflict with another writer."
+REFUSED = 3
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Keeps a deployed language model's facts correct, day after day, without retraining.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+quarantine = typer.Typer(help="Edits that the gate refused: list, retry or drop them.", epilog=EPILOG)
+app.add_typer(quarantine, name="quarantine")
+
+StreamName = Annotated[str | None, typer.Option("--stream", "-s", help="Stream; the default is in errata.toml.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+out = Console()
+
+
+def main() -> None:
+    """Entry point: turns the errors of the project into one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except ErrataError as error:
+        views.print_error(str(error))
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        Console(stderr=True).print("interrupted; nothing is lost, the next run goes on from here")
+        code = INTERRUPTED
+    except typer.TyperException as error:
+        views.print_error(f"{error}; see errata --help")
+        code = InputError.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains about it once more at exit
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def open_here(name: str | None) -> tuple[Settings, Stream]:
+    settings = load_settings(stream=name)
+    return settings, open_stream(settings.root, settings.stream, settings.cache)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def ready_prefect(settings: Settings) -> None:
+    """Prefect reads these while it is imported. Its local database goes to our cache folder, its own reports to nobody."""
+    os.environ.setdefault("PREFECT_HOME", str(settings.cache / "prefect"))
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised here and printed once
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask where somebody can answer."""
+    if not yes and sys.stdin.isatty() and sys.stdout.isatty() and not typer.confirm(question):
+        raise typer.Exit(0)
+
+
+@app.command(epilog=EPILOG)
+def init(
+    stream: StreamName = None,
+    base: Annotated[str, typer.Option(help="'builtin', a model folder, or a Hugging Face id.")] = "builtin",
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="JSON file with `prepare` options and `lam`.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Text file, one passage per line: what the model must go on knowing.")] = None,
+) -> None:
+    """Make a stream: load the base, measure its second moments, write the first commit."""
+    settings = load_settings(stream=stream)
+    ready_prefect(settings)
+    from tasks.onboarding import start_stream
+
+    made = start_stream(settings, base, revision=revision, profile=profile, corpus=corpus)
+    out.print(f"stream [bold]{made.name}[/] in {escape(made.storage.url)} on base {made.head.base[:12]}, profile {made.head.profile[:12]}")
+    out.print("next: [bold]errata submit FILE[/], then [bold]errata apply[/]")
+
+
+@app.command(epilog=EPILOG)
+def submit(
+    files: Annotated[list[str] | None, typer.Argument(help="JSONL or JSON of edits (our own, CounterFact, zsRE, KnowEdit); '-' is stdin.")] = None,
+    stream: StreamName = None,
+    prompt: Annotated[str | None, typer.Option(help="One edit without a file: its prompt, with {} where the subject stands.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Its subject.")] = None,
+    target: Annotated[str | None, typer.Option(help="Its new target.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say what would become of the records.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Propose edits again that were refused or withdrawn before.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Propose edits although they are older than what they replace.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Validate edits and leave the good ones in the stream's inbox. Bad records are refused one by one; the file is left as it is."""
+    records = read_sources(files or [], prompt, subject, target)
+    if check:
+        check_records(records, stream, as_json)
+        return
+    settings, opened = open_here(stream)
+    lines, refused = [], []
+    for record in records:
+        if isinstance(record, Refusal):
+            refused.append(record)
+        else:
+            lines.append(spell_submission(record, again, force))
+    name = drop_lines(opened, lines) if lines else None
+    if as_json:
+        print_json({"stream": opened.name, "submitted": len(lines), "file": name, "refused": [item.model_dump() for item in refused]})
+    else:
+        for item in refused:
+            views.print_error(f"refused: {item}")
+        waiting = f" in inbox/{name}; [bold]errata apply[/] writes them" if name else ""
+        out.print(f"{len(lines)} edits submitted to [bold]{opened.name}[/], {len(refused)} records refused{waiting}")
+    if not lines:
+        raise typer.Exit(InputError.exit_code)
+
+
+def read_sources(files: Sequence[str], prompt: str | None, subject: str | None, target: str | None) -> Any:
+    """Records of files, stdin, or of the options of one edit."""
+    from itertools import chain
+
+    from errata.readers.files import read_edits
+    from errata.readers.records import read_record
+
+    options = {"prompt": prompt, "subject": subject, "target_new": target}
+    if any(value is not None for value in options.values()):
+        if files:
+            raise InputError("submit: expected files, or --prompt, --subject and --target, found both")
+        missing = [f"--{name.removesuffix('_new')}" for name, value in options.items() if value is None]
+        if missing:
+            raise InputError(f"submit: expected --prompt, --subject and --target, found no {' and '.join(missing)}")
+        return [read_record(options, "command line")]
+    if not files:
+        raise InputError("submit: expected a file, '-', or --prompt, --subject and --target; found none")
+    return chain.from_iterable(read_edits(sys.stdin.buffer, "stdin") if name == "-" else read_edits(name) for name in files)
+
+
+def spell_submission(record: Submission, again: bool = False, force: bool = False) -> bytes:
+    """A submission as a line of an inbox file."""
+    line = record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True) | {"origin": record.origin}
+    flags = {"again": record.again or again, "force": record.force or force}
+    return canonical_json(line | {name: True for name, value in flags.items() if value})
+
+
+def drop_lines(stream: Stream, lines: Sequence[bytes]) -> str:
+    """Leave lines in the inbox under a name that says when; its name."""
+    data = b"\n".join(lines) + b"\n"
+    return drop_file(stream, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{digest_of(data)[:8]}.jsonl", data)
+
+
+def check_records(records: Any, name: str | None, as_json: bool) -> None:
+    """`submit --check`: against the stream where there is one."""
+    from errata.errors import UnknownNameError
+    from errata.readers.report import check_edits
+
+    try:
+        _, opened = open_here(name)
+        report = check_edits(records, opened.index)
+    except UnknownNameError:
+        if name is not None:
+            raise
+        report = check_edits(records)
+    facts = report.to_json()
+    if as_json:
+        print_json(facts)
+    else:
+        out.print(views.build_check(facts))
+    if report.refused and not report.writable:
+        raise typer.Exit(InputError.exit_code)
+
+
+@app.command(epilog=EPILOG)
+def apply(
+    stream: StreamName = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Prepare, evaluate and decide the first batch; commit nothing.")] = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write what waits in the inbox into the model, batch by batch; accepted versions become the champion."""
+    settings, opened = open_here(stream)
+    waiting = lookup.count_pending(opened)
+    if not waiting:
+        if as_json:
+            print_json([])
+        else:
+            out.print(f"nothing waits in the inbox of [bold]{opened.name}[/]")
+        return
+    if not dry_run:
+        confirm(f"{waiting} records wait. What the gate accepts becomes the champion of {opened.name!r}. Go on?", yes)
+    ready_prefect(settings)
+    from flows.edit import apply_edits
+
+    summaries = [summary.model_dump(mode="json") for summary in apply_edits(opened.name, dry_run)]
+    if as_json:
+        print_json(summaries)
+    else:
+        out.print(views.build_batches(summaries))
+        for summary in summaries:
+            for reason in summary["reasons"] if summary["decision"] == "reject" or summary["outcomes"].get("quarantined") else ():
+                out.print(f"[dim]batch {summary['commit'] or ''}:[/] {escape(reason)}")
+        if dry_run:
+            out.print(f"{views.show_seconds(summaries[0]['seconds'])}; peak memory {summaries[0]['peak_mb']:.0f} MiB; nothing was committed")
+    if any(summary["decision"] == "reject" for summary in summaries):
+        raise typer.Exit(REFUSED)
+
+
+@app.command(epilog=EPILOG)
+def status(stream: StreamName = None, as_json: AsJson = False) -> None:
+    """Live, pending and quarantined edits, age of the champion, cost of the last batch."""
+    facts = lookup.describe_status(*open_here(stream))
+    print_json(facts) if as_json else out.print(views.build_status(facts))
+
+
+@app.command(epilog=EPILOG)
+def log(
+    stream: StreamName = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Newest commits to show.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """The newest commits; '*' marks the champion."""
+    rows = lookup.describe_log(open_here(stream)[1], count)
+    print_json(rows) if as_json else out.print(views.build_log(rows))
+
+
+@app.command(epilog=EPILOG)
+def show(
+    reference: Annotated[str, typer.Argument(metavar="EDIT|COMMIT", help="12, head~1, v3, or an edit's id or the beginning of one.")],
+    stream: StreamName = None,
+    as_json: AsJson = False,
+) -> None:
+    """A commit with what became of its records, or an edit with its history."""
+    settings, opened = open_here(stream)
+    found = lookup.resolve_reference(settings, opened, reference)
+    if isinstance(found, int):
+        facts = lookup.describe_commit_whole(opened, found)
+        print_json(facts) if as_json else out.print(views.build_commit(facts))
+    else:
+        facts = lookup.describe_edit(opened, found)
+        print_json(facts) if as_json else out.print(views.build_edit(facts))
+
+
+@quarantine.callback(invoke_without_command=True)
+def list_quarantine(context: typer.Context, stream: StreamName = None, as_json: AsJson = False) -> None:
+    """Edits that the gate refused, and why."""
+    if context.invoked_subcommand is not None:
+        return
+    rows = lookup.describe_quarantine(open_here(stream)[1])
+    if as_json:
+        print_json(rows)
+    elif rows:
+        out.print(views.build_quarantine(rows))
+    else:
+        out.print("nothing is quarantined")
+
+
+Chosen = Annotated[list[str] | None, typer.Argument(metavar="EDIT…", help="Ids, or beginnings of ids.")]
+Every = Annotated[bool, typer.Option("--all", help="Every edit in quarantine.")]
+
+
+@quarantine.command("retry", epilog=EPILOG)
+def retry(edits: Chosen = None, every: Every = False, stream: StreamName = None) -> None:
+    """Put quarantined edits into the inbox once more."""
+    _, opened = open_here(stream)
+    rows = lookup.choose_quarantined(opened, edits or [], every)
+    records = [Submission(edit=opened.read_record(row).edit, origin=row.origin) for row in rows]
+    name = drop_lines(opened, [spell_submission(record, again=True) for record in records])
+    out.print(f"{len(rows)} edits are in inbox/{name}; [bold]errata apply[/] tries them again")
+
+
+@quarantine.command("drop", epilog=EPILOG)
+def drop(
+    edits: Chosen = None,
+    every: Every = False,
+    reason: Annotated[str, typer.Option(help="Why, for the log.")] = "dropped by hand",
+    stream: StreamName = None,
+    yes: Yes = False,
+) -> None:
+    """Give quarantined edits up: a commit of its own; the model does not change."""
+    settings, opened = open_here(stream)
+    rows = lookup.choose_quarantined(opened, edits or [], every)
+    confirm(f"drop {len(rows)} edits?", yes)
+    ready_prefect(settings)
+    from tasks.committing import drop_edits
+
+    seq = drop_edits(settings, opened, rows, reason)
+    out.print(f"{len(rows)} edits dropped in commit {seq}")
+
+
+@app.command(epilog=EPILOG)
+def ask(
+    prompts: Annotated[list[str], typer.Argument(help="What the model is to continue.")],
+    stream: StreamName = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 12,
+    as_json: AsJson = False,
+) -> None:
+    """Base and champion side by side, greedily."""
+    settings, opened = open_here(stream)
+    ready_prefect(settings)
+    from tasks.asking import answer_prompts
+
+    rows = answer_prompts(settings, opened, prompts, max_new_tokens)
+    print_json(rows) if as_json else out.print(views.build_answers(rows))
+
+
+@app.command(epilog=EPILOG)
+def repair(stream: StreamName = None) -> None:
+    """Make MLflow show what the log says, and tidy the inbox. Safe to repeat."""
+    settings, opened = open_here(stream)
+    ready_prefect(settings)
+    from tasks.projecting import show_log
+
+    version, made = show_log(settings, opened)
+    shown = f"version {version} (commit {opened.head.champion})" if version else "nothing yet: no batch has been accepted"
+    out.print(f"{made} versions made; [bold]{opened.name}@champion[/] is {shown}; {lookup.count_pending(opened)} records wait")
+
+
+@app.command(epilog=EPILOG)
+def doctor(stream: StreamName = None, as_json: AsJson = False) -> None:
+    """What is installed, reachable and writable, and what to do about what is not."""
+    settings = load_settings(stream=stream)
+    ready_prefect(settings)
+    from flows.diagnosis import diagnose
+
+    findings = diagnose(settings)
+    print_json(findings) if as_json else out.print(views.build_findings(findings))
+    if any(finding["state"] == "fault" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(epilog=EPILOG)
+def demo() -> None:
+    """Several batches on the built-in base, from submission to an answering MLflow version, and where to look further."""
+    settings = load_settings()
+    ready_prefect(settings)
+    from flows.demo import run_demo
+
+    run_demo(settings, out)
+

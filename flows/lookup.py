@@ -1,0 +1,181 @@
+"""What the reading commands show, as plain data: read from the log and its tables, without torch, Prefect or MLflow."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from errata.errors import InputError, UnknownNameError
+from errata.settings import Settings
+from registry.events import Commit
+from registry.fold import EditRow
+from registry.inbox import list_waiting, read_waiting
+from registry.stream import Stream
+
+Facts = dict[str, Any]
+
+_VERSION = re.compile(r"v\d{1,8}")
+
+
+def describe_status(settings: Settings, stream: Stream) -> Facts:
+    """Where a stream stands."""
+    head, counts = stream.head, stream.index.counts()
+    newest, champion, init = stream.log.read(head.seq), stream.log.read(head.champion), stream.log.read(0)
+    return {
+        "stream": stream.name,
+        "root": stream.storage.url,
+        "base": init.base if init.kind == "init" else {},
+        "profile": head.profile,
+        "head": head.seq,
+        "champion": head.champion,
+        "champion_age_seconds": round((datetime.now(UTC) - champion.time).total_seconds()),
+        "live": counts.get("live", 0),
+        "pending": count_pending(stream),
+        "quarantined": counts.get("quarantined", 0),
+        "rejected": counts.get("rejected", 0),
+        "records": counts,
+        "last": {"commit": newest.seq, "kind": newest.kind, "time": newest.time.isoformat(), "seconds": newest.seconds},
+        "waiting_files": list_waiting(stream),
+    }
+
+
+def count_pending(stream: Stream) -> int:
+    """Lines in the inbox that no commit has consumed."""
+    pending = 0
+    for file in read_waiting(stream):
+        consumed = sum(last - first + 1 for first, last in file.consumed)
+        pending += max(sum(1 for line in file.data.split(b"\n") if line.strip()) - consumed, 0)
+    return pending
+
+
+def describe_log(stream: Stream, count: int) -> list[Facts]:
+    """The newest commits, newest first."""
+    return [describe_commit(stream, stream.log.read(seq)) for seq in range(stream.head.seq, max(stream.head.seq - count, -1), -1)]
+
+
+def describe_commit(stream: Stream, commit: Commit) -> Facts:
+    """One line of the log."""
+    report = json.loads(stream.objects.get(commit.report)) if commit.report else {}
+    return {
+        "commit": commit.seq,
+        "kind": commit.kind,
+        "time": commit.time.isoformat(),
+        "actor": commit.actor,
+        "decision": commit.decision,
+        "champion": commit.seq == stream.head.champion,
+        "outcomes": dict(Counter(outcome.outcome for outcome in stream.read_outcomes(commit))),
+        "efficacy": report.get("efficacy", {}).get("value"),
+        "generalization": report.get("held_out", {}).get("generalization", {}).get("value"),
+        "specificity": report.get("held_out", {}).get("specificity", {}).get("value"),
+        "retention": report.get("retention", {}).get("efficacy", {}).get("value"),
+        "norms": {norms["weight"]: norms["mean_abs_ratio"] for norms in report.get("norms", [])},
+        "seconds": commit.seconds,
+    }
+
+
+def describe_commit_whole(stream: Stream, seq: int) -> Facts:
+    """A commit with what became of each record."""
+    commit = stream.log.read(seq)
+    texts = {row.occurrence: row.edit for row in stream.read_batch(commit)}
+    outcomes = []
+    for outcome in stream.read_outcomes(commit):
+        edit = texts.get(outcome.occurrence or "")
+        said = {"edit": f"{edit.rewrite_prompt} → {edit.target_new}"} if edit else {}
+        outcomes.append({**outcome.model_dump(mode="json", exclude_none=True), **said})
+    facts = describe_commit(stream, commit)
+    whole = commit.model_dump(mode="json", exclude_none=True)
+    return {**facts, "reasons": list(commit.reasons), "files": whole.get("files", []), "records": outcomes, "written": _writer(whole)}
+
+
+def _writer(commit: Facts) -> Facts:
+    names = ("parent", "batch", "manifest", "report", "host", "run", "versions", "device", "threads")
+    return {name: commit[name] for name in names if name in commit}
+
+
+def describe_edit(stream: Stream, row: EditRow) -> Facts:
+    """An edit, where it stands, and all its occurrences."""
+    record = stream.read_record(row)
+    history = [
+        {"occurrence": item.occurrence, "status": item.status, "by": item.by, "reason": item.reason, "commit": item.seq}
+        for item in stream.index.find_occurrences(row.id)
+    ]
+    return {
+        "id": row.id,
+        "occurrence": row.occurrence,
+        "status": row.status,
+        "origin": row.origin,
+        "edit": record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+        "measured": _find_measurement(stream, row),
+        "history": history,
+    }
+
+
+def _find_measurement(stream: Stream, row: EditRow) -> Facts | None:
+    commit = stream.log.read(row.seq)
+    report = json.loads(stream.objects.get(commit.report)) if commit.report else {"rows": []}
+    return next((item for item in report["rows"] if item["id"] == row.id), None)
+
+
+def describe_quarantine(stream: Stream) -> list[Facts]:
+    """Edits that wait for somebody's decision, in order of arrival."""
+    found = []
+    for row in stream.index.find_rows("quarantined", "rejected"):
+        edit = stream.read_record(row).edit
+        said = f"{edit.rewrite_prompt} → {edit.target_new}"
+        found.append({"id": row.id, "occurrence": row.occurrence, "status": row.status, "edit": said, "reason": row.reason})
+    return found
+
+
+def choose_quarantined(stream: Stream, names: Sequence[str], every: bool) -> list[EditRow]:
+    """The edits in quarantine that a person means.
+
+    Raises:
+        InputError: neither or both of names and `every`, or an edit that is not in quarantine.
+    """
+    if bool(names) == every:
+        raise InputError("quarantine: expected edits, or --all; found " + ("both" if names else "neither"))
+    if every:
+        rows = list(stream.index.find_rows("quarantined", "rejected"))
+        if not rows:
+            raise InputError("quarantine: expected edits to choose from, found none")
+        return rows
+    rows = [stream.resolve_edit(name) for name in names]
+    for row in rows:
+        if row.status not in ("quarantined", "rejected"):
+            raise InputError(f"{row.occurrence}: expected an edit in quarantine, found it {row.status}")
+    return rows
+
+
+def resolve_reference(settings: Settings, stream: Stream, ref: str) -> int | EditRow:
+    """The commit number or the edit that a person means: `12`, `head~1`, `v12`, or an edit's id, its beginning, or `<id>@<seq>`.
+
+    Raises:
+        InputError: it means a commit and an edit.
+        UnknownNameError: it means neither.
+    """
+    commit: int | None = None
+    if _VERSION.fullmatch(ref):
+        return resolve_version(settings, stream, ref)
+    try:
+        commit = stream.resolve_commit(ref)
+    except UnknownNameError:
+        pass
+    if commit is not None and stream.index.find_edit(ref) is not None:
+        raise InputError(f"{ref}: this is a commit and an edit; name the edit as {stream.resolve_edit(ref).occurrence}, the commit as head~N")
+    if commit is not None:
+        return commit
+    try:
+        return stream.resolve_edit(ref)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{ref}: expected a commit (0 to {stream.head.seq}, head~N, vN) or an edit; {error}") from None
+
+
+def resolve_version(settings: Settings, stream: Stream, ref: str) -> int:
+    """The commit that an MLflow version shows."""
+    from registry.models import ModelRegistry
+    from registry.release import resolve_tracking
+
+    registry = ModelRegistry(*resolve_tracking(settings.mlflow.tracking_uri, settings.root))
+    return registry.read_version(stream.name, int(ref.removeprefix("v"))).commit

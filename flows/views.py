@@ -1,0 +1,212 @@
+"""How the console shows things: rich tables for people. Commands print JSON themselves."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+Facts = Mapping[str, Any]
+
+_STYLES = {"live": "green", "quarantined": "yellow", "rejected": "red", "refused": "red", "accept": "green", "reject": "red"}
+
+
+def show_share(value: float | None) -> str:
+    """A proportion with three digits; a dash where nothing was measured."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def show_seconds(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()) or "–"
+
+
+def show_age(seconds: float) -> str:
+    """`3 min`, `5 h`, `12 days`."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def show_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"[{_STYLES.get(name, 'default')}]{number} {name}[/]" for name, number in counts.items()) or "–"
+
+
+def paint(word: str) -> str:
+    return f"[{_STYLES[word]}]{word}[/]" if word in _STYLES else escape(word)
+
+
+def build_pairs(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, without lines; values are markup."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def build_status(facts: Facts) -> RenderableType:
+    base = facts["base"]
+    last = facts["last"]
+    return build_pairs(
+        [
+            ("stream", f"[bold]{facts['stream']}[/] in {escape(facts['root'])}"),
+            ("base", escape(f"{base.get('kind')} {base.get('source')} ({str(base.get('digest'))[:12]})")),
+            ("champion", f"commit {facts['champion']}, {show_age(facts['champion_age_seconds'])} old"),
+            ("live", str(facts["live"])),
+            ("pending", f"{facts['pending']}" + (f" in {len(facts['waiting_files'])} files" if facts["waiting_files"] else "")),
+            ("quarantined", f"{facts['quarantined']} quarantined, {facts['rejected']} rejected"),
+            ("last commit", f"{last['commit']} ({last['kind']}, {escape(last['time'][:19])}): {show_seconds(last['seconds'])}"),
+        ]
+    )
+
+
+def build_log(rows: Sequence[Facts]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("commit", "kind", "time", "records", "efficacy", "generalization", "specificity", "retention", "mean |W| ratio"):
+        table.add_column(name, justify="left" if name in ("kind", "time", "records") else "right")
+    for row in rows:
+        norms = [value for value in row["norms"].values() if value is not None]
+        table.add_row(
+            f"{row['commit']}{' *' if row['champion'] else ''}",
+            row["kind"],
+            row["time"][:19],
+            show_counts(row["outcomes"]),
+            *(show_share(row[name]) for name in ("efficacy", "generalization", "specificity", "retention")),
+            f"{max(norms):.2f}" if norms else "–",
+        )
+    return table
+
+
+def build_commit(facts: Facts) -> RenderableType:
+    written = facts["written"]
+    head = build_pairs(
+        [
+            ("commit", f"[bold]{facts['commit']}[/] {facts['kind']}" + (" (champion)" if facts["champion"] else "")),
+            ("written", escape(f"{facts['time'][:19]} by {facts['actor']} on {written.get('host')}")),
+            ("decision", f"{paint(facts['decision'])}" if facts["decision"] else "–"),
+            ("reasons", escape(" ".join(facts["reasons"])) or "–"),
+            ("measured", ", ".join(f"{name} {show_share(facts[name])}" for name in ("efficacy", "generalization", "specificity", "retention"))),
+            ("norms", ", ".join(f"{name} {show_share(value)}" for name, value in facts["norms"].items()) or "–"),
+            ("cost", show_seconds(facts["seconds"])),
+            ("manifest", str(written.get("manifest"))),
+        ]
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("record", "outcome", "edit", "why"):
+        table.add_column(name, overflow="fold")
+    for record in facts["records"]:
+        why = record.get("reason") or (f"by {record['by']}" if record.get("by") else "")
+        table.add_row(
+            escape(record.get("occurrence") or record.get("origin", "")), paint(record["outcome"]), escape(record.get("edit", "")), escape(why)
+        )
+    return Group(head, "", table)
+
+
+def build_edit(facts: Facts) -> RenderableType:
+    edit, measured = facts["edit"], facts["measured"]
+    rows = [
+        ("edit", f"[bold]{escape(facts['occurrence'])}[/] {paint(facts['status'])}"),
+        ("says", escape(f"{edit['prompt'].replace('{}', edit['subject'])} → {edit['target_new']}")),
+        ("from", escape(facts["origin"]) or "–"),
+    ]
+    if measured:
+        held = measured["held_out"]
+        rows += [
+            ("answer before", escape(measured["answer_before"])),
+            ("answer", escape(measured["answer"])),
+            (
+                "measured",
+                f"efficacy {'yes' if measured['efficacy'] else 'no'}, generalization {show_share(held['generalization']['value'])}, "
+                f"specificity {show_share(held['specificity']['value'])}" + (", already known to the base" if measured["already_known"] else ""),
+            ),
+        ]
+    history = Table(box=None, pad_edge=False)
+    for name in ("occurrence", "status", "by", "why"):
+        history.add_column(name, overflow="fold")
+    for item in facts["history"]:
+        history.add_row(escape(item["occurrence"]), paint(item["status"]), escape(item["by"] or ""), escape(item["reason"] or ""))
+    return Group(build_pairs(rows), "", history)
+
+
+def build_quarantine(rows: Sequence[Facts]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("edit", "status", "says", "why"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(escape(row["occurrence"]), paint(row["status"]), escape(row["edit"]), escape(row["reason"] or ""))
+    return table
+
+
+def build_batches(rows: Sequence[Facts]) -> Table:
+    """One line per batch of an apply run."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("commit", "decision", "records", "rounds", "efficacy", "greedy", "general.", "specific.", "retention", "mean |W|", "seconds"):
+        table.add_column(name, justify="left" if name in ("decision", "records") else "right")
+    for row in rows:
+        metrics = row["metrics"]
+        ratios = [value for name, value in metrics.items() if name.endswith("mean_abs_ratio")]
+        table.add_row(
+            str(row["commit"]) if row["commit"] is not None else "dry run",
+            paint(row["decision"]),
+            show_counts(row["outcomes"]) + (f", {row['deferred']} deferred" if row["deferred"] else ""),
+            str(row["rounds"]),
+            *(show_share(metrics.get(name)) for name in ("efficacy", "greedy", "held_out.generalization", "held_out.specificity", "retention")),
+            f"{max(ratios):.2f}" if ratios else "–",
+            f"{sum(row['seconds'].values()):.1f}",
+        )
+    return table
+
+
+def build_answers(rows: Sequence[Facts]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("prompt", "base", "champion"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        changed = row["base"] != row["champion"]
+        table.add_row(escape(row["prompt"]), escape(row["base"]), f"[{'bold green' if changed else 'default'}]{escape(row['champion'])}[/]")
+    return table
+
+
+def build_check(facts: Facts) -> RenderableType:
+    """What would become of the records of a file."""
+    rows = [
+        ("records", str(facts["records"])),
+        ("would be written", f"[green]{facts['writable']}[/]" + (f", replacing {facts['replacements']} live edits" if facts["replacements"] else "")),
+        ("refused", f"[red]{facts['refused']}[/]" if facts["refused"] else "0"),
+        ("duplicates", f"{facts['duplicates']}" + (f", {facts['live_duplicates']} of them live already" if facts["live_duplicates"] else "")),
+        ("conflicts", f"{facts['conflicts']} (the later one wins; {facts['superseded']} superseded)"),
+        ("stale, withheld", f"{facts['stale']}, {facts['withheld']}"),
+        ("repeated subjects", f"{facts['repeated_subjects']} subjects with {facts['edits_of_repeated_subjects']} edits"),
+        (
+            "probes",
+            f"{facts['probes']}: {facts['with_paraphrases']} edits with paraphrases, {facts['with_neighbors']} with neighbours, "
+            f"{facts['with_portability']} with portability prompts",
+        ),
+        ("forms", escape(", ".join(f"{number} {name}" for name, number in facts["sources"].items())) or "–"),
+    ]
+    rows += [
+        (f"refused {group['count']}×", escape(f"{group['field']}: " if group["field"] else "") + escape(f"{group['reason']} ({', '.join(group['origins'])})"))
+        for group in facts["refusals"]
+    ]
+    rows += [
+        ("conflict", escape(f"{item['prompt'].replace('{}', item['subject'])}: {item['earlier_target']} ({item['earlier']}), then {item['later_target']} ({item['later']})"))
+        for item in facts["first_conflicts"]
+    ]
+    return build_pairs(rows)
+
+
+def build_findings(rows: Sequence[Facts]) -> Table:
+    marks = {"good": "[green]good[/]", "note": "[yellow]note[/]", "fault": "[red]fault[/]"}
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "what", "found", "to do"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(marks[row["state"]], escape(row["what"]), escape(row["found"]), escape(row["remedy"]))
+    return table
+
+
+def print_error(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(message)}", highlight=False)
