@@ -92,13 +92,13 @@ def _measure_mixed(base: Base, editor: D4S, stream: Sequence[Edit], batch: int) 
             table.add_row(name, str(len(group)), f"{took:.3f}", f"{general:.3f}")
     out.print(table)
     out.print(
-        "Several edits of one person share nearly one key at the subject's last token, so their sums ask for the mean of their residuals "
+        "Several edits of one person share nearly one key at the subject's last token: their sums ask for the mean of the residuals "
         "(algorithms.md Part 5, 4): those that fail, fail for that reason. Joint targets per subject (key groups, design §5) are the remedy."
     )
 
 
 def write_stream(blobs: MemoryBlobs, base: Base, editor: D4S, stream: Sequence[Edit], batch: int) -> tuple[Manifest, dict[str, PairRef]]:
-    """All edits, batch by batch, through the code a stream uses; a later edit of a slot replaces the earlier one."""
+    """All edits, batch by batch, through the code a stream uses; a later edit of a slot replaces the earlier."""
     manifest = start_manifest(editor, base.digest, "")
     live: dict[str, Edit] = {}
     refs: dict[str, PairRef] = {}

@@ -19,13 +19,11 @@ from errata.profiles import PrepareOptions
 
 
 @dataclass(frozen=True)
-class PlainPair:
-    """One edit's key and residual, and how its optimisation ended."""
+class PlainTarget:
+    """One edit's residual, and how its optimisation ended."""
 
     residual: torch.Tensor
-    """[d_out] float32."""
-    keys: dict[int, torch.Tensor]
-    """Layer → [d_in] float32."""
+    """[d_out] float32: z − h."""
     loss: float
     target_nll: float
     steps: int
@@ -73,8 +71,8 @@ def compute_keys(base: Base, edit: Edit, options: PrepareOptions) -> dict[int, t
     return keys
 
 
-def compute_pair(base: Base, edit: Edit, options: PrepareOptions) -> PlainPair:
-    """MEMIT `compute_z` and `compute_ks` for one edit."""
+def compute_residual(base: Base, edit: Edit, options: PrepareOptions) -> PlainTarget:
+    """MEMIT `compute_z` for one edit."""
     rows = write_rows(base, edit, options.contexts)
     count, target = len(options.contexts), torch.tensor(rows.target, device=base.device)
     ids, mask = pad_rows(rows.ids, find_pad(base.tokenizer), "right", base.device)
@@ -122,7 +120,7 @@ def compute_pair(base: Base, edit: Edit, options: PrepareOptions) -> PlainPair:
         with torch.no_grad():
             if delta.norm() > radius:
                 delta.mul_(radius / delta.norm())
-    return PlainPair(delta.detach().cpu(), compute_keys(base, edit, options), loss.item(), nll.item(), step)
+    return PlainTarget(delta.detach().cpu(), loss.item(), nll.item(), step)
 
 
 def solve_plain(

@@ -4,7 +4,6 @@ Imports no torch; `errata.training` does the work when nothing is cached. A cach
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -30,10 +29,10 @@ Progress = Callable[[int, int, str], None]
 class BuiltinSettings(BaseModel):
     """What a built-in base is made from. Equal settings name the same cached folder.
 
-    The recipe: learn who has which attributes from names alone (few tokens per person, lower blocks only), then to answer with one
-    fact per row, then to do so among other sentences. In all phases a linear probe, thrown away after training, must read *all* attributes of a person from the residual
-    stream at the last token of the name after block `site`. Without it a model this small copies the name to the end of the prompt
-    and looks the fact up there, and an edit at the subject's last token could not change any answer.
+    One device, of training only, makes the model keep a fact where large models do, so that an edit at the subject's last token can
+    change its answers: a linear probe, thrown away afterwards, must read *all* attributes of a person from the residual stream at the
+    name's last token after block `site`. Left to itself, a model this small copies the name to the end of the prompt and looks the
+    fact up there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,20 +43,16 @@ class BuiltinSettings(BaseModel):
     seed: int = 0
     width: int = 128
     layers: int = 5
-    heads: int = 2
-    inner: int = 1_536
+    heads: int = 4
+    inner: int = 1_024
     """Width of each MLP. Untouched facts suffer as edits fill it."""
     positions: int = 128
     """Longest text, in tokens."""
     site: int = 2
     """Block after which the probe reads a person's attributes; edits belong at or below it."""
-    name_steps: int = Field(default=90, ge=0)
-    """Steps of the first phase: names only, blocks up to `site` only."""
-    fact_steps: int = Field(default=150, ge=0)
-    """Steps of the second phase: one bare fact per row."""
-    text_steps: int = Field(default=150, ge=0)
-    """Steps of the third phase: several facts per row, and sentences that state none."""
-    tokens: int = 1_200
+    steps: int = Field(default=500, ge=1)
+    """Optimisation steps."""
+    tokens: int = 1_500
     """Tokens per step, padding included."""
     muon_lr: float = 0.04
     """Muon's step size, for the matrices of the blocks."""
@@ -75,7 +70,7 @@ class BuiltinSettings(BaseModel):
 BUILTIN = BuiltinSettings()
 """The base of `errata demo` and of the benchmarks: about a minute on two cores."""
 
-SMALL = BuiltinSettings(world=WorldSettings(persons=40), width=64, layers=4, inner=256, site=1, name_steps=30, fact_steps=60, text_steps=40, tokens=800)
+SMALL = BuiltinSettings(world=WorldSettings(persons=40), width=64, layers=4, inner=256, site=1, steps=120, tokens=800)
 """A sibling for unit tests: the same shape and tokenizer in seconds, but it knows little."""
 
 
@@ -106,7 +101,7 @@ def ensure_builtin(settings: BuiltinSettings, cache_dir: Path, progress: Progres
         (draft / REPORT_FILE).write_text(json.dumps({"settings": settings.model_dump(mode="json"), **report}, indent=1) + "\n")
         draft.chmod(0o755)  # mkdtemp's folders are private
         try:
-            os.rename(draft, folder)
+            draft.rename(folder)
         except OSError:
             if not folder.is_dir():  # neither was it the other process that finished first
                 raise

@@ -38,7 +38,9 @@ class PreparedBatch:
 def start_manifest(editor: Editor[Any], base: str, profile: str) -> Manifest:
     """The manifest of a stream without edits: the base itself."""
     layer = Layer(editor=editor.name, editor_version=editor.version)
-    return Manifest(base=base, profile=profile, layers=(layer,), recipe=start_recipe(base, profile, editor.name, editor.version, editor.options))
+    return Manifest(
+        base=base, profile=profile, layers=(layer,), recipe=start_recipe(base, profile, editor.name, editor.version, editor.options)
+    )
 
 
 def prepare_batch(
@@ -123,12 +125,13 @@ def build_candidate(
 
 
 def load_state(blobs: Blobs, editor: Editor[Any], ref: StateRef) -> Any:
-    """The state a manifest names: its snapshot with the change lists since replayed in order."""
+    """The state a manifest names: its snapshot with the change lists since replayed in order, each in one merge as it was made, since
+    sums that are formed in other groups differ in their last bits."""
     state: State = editor.load_state(blobs.get(ref.snapshot)) if ref.snapshot else editor.empty_state()
     for digest in ref.pairs_since:
-        for change in (Change.model_validate(item) for item in json.loads(blobs.get(digest))):
-            pairs = Pairs.from_bytes(blobs.get(change.pairs)).take(change.rows)
-            state = editor.merge(state, pairs, None) if change.op == "add" else editor.merge(state, None, pairs)
+        changes = [Change.model_validate(item) for item in json.loads(blobs.get(digest))]
+        added, removed = (_read_changes(blobs, [change for change in changes if change.op == op]) for op in ("add", "remove"))
+        state = editor.merge(state, added, removed)
     return state
 
 
@@ -139,10 +142,14 @@ def load_artifacts(blobs: Blobs, manifest: Manifest) -> list[WeightDelta]:
 
 def read_pairs(blobs: Blobs, refs: Sequence[PairRef]) -> Pairs | None:
     """The stored pairs, in the order of `refs`; each object is read once."""
-    if not refs:
+    return _read_changes(blobs, group_changes("add", refs))
+
+
+def _read_changes(blobs: Blobs, changes: Sequence[Change]) -> Pairs | None:
+    if not changes:
         return None
-    objects = {digest: Pairs.from_bytes(blobs.get(digest)) for digest in dict.fromkeys(ref.pairs for ref in refs)}
-    return Pairs.concatenate([objects[change.pairs].take(change.rows) for change in group_changes("add", refs)])
+    objects = {digest: Pairs.from_bytes(blobs.get(digest)) for digest in dict.fromkeys(change.pairs for change in changes)}
+    return Pairs.concatenate([objects[change.pairs].take(change.rows) for change in changes])
 
 
 def _measure_fits(editor: Editor[Any], state: Any, added: Pairs | None) -> dict[str, float]:

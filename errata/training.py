@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from errata.builtin import BuiltinSettings, Progress
 from errata.edits import SLOT
+from errata.modeling.trace import capture_outputs
 from errata.world import FAMILY_NAMES, FILLER, GIVEN_NAMES, RELATIONS, World, make_world
 
 END_OF_TEXT = "<|endoftext|>"
@@ -30,10 +31,6 @@ OTHER_TOKENS = 0.3
 WEIGHT_DECAY = 0.1
 ROW_LENGTHS = (24, 24, 24, 48, 96)
 """Most tokens per row, one drawn per step: short prompts and long contexts are both trained."""
-NAME_LENGTH = 4
-"""Tokens per row that holds only a name, about."""
-FACT_LENGTH = 12
-"""Tokens per row that holds a single fact, about."""
 
 
 def train_builtin(settings: BuiltinSettings, folder: Path, progress: Progress | None = None) -> dict[str, object]:
@@ -48,7 +45,7 @@ def train_builtin(settings: BuiltinSettings, folder: Path, progress: Progress | 
     with _seeded(settings):
         model = _build_model(settings, len(tokenizer))
         _Training(settings, world, tokenizer, model).run(progress)
-    model.eval()
+    model.train(False)
     report: dict[str, object] = {
         "accuracy_trained": measure_accuracy(model, tokenizer, _sample_prompts(world, withheld=False)),
         "accuracy_withheld": measure_accuracy(model, tokenizer, _sample_prompts(world, withheld=True)),
@@ -73,7 +70,12 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     core.decoder = decoders.ByteLevel()
     text = [" ".join((*GIVEN_NAMES, *FAMILY_NAMES)), *FILLER]
-    text += [f"{template.replace(SLOT, 'Anna')} {item}." for relation in RELATIONS for template in relation.templates for item in relation.objects]
+    text += [
+        f"{template.replace(SLOT, 'Anna')} {item}."
+        for relation in RELATIONS
+        for template in relation.templates
+        for item in relation.objects
+    ]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
         text, trainers.BpeTrainer(vocab_size=2_000, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
@@ -89,7 +91,9 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def measure_accuracy(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]], batch: int = 256) -> float:
+def measure_accuracy(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]], batch: int = 256
+) -> float:
     """Share of (prompt, answer) whose every answer token is the model's first choice, given the tokens before it."""
     right = 0
     for start in range(0, len(rows), batch):
@@ -111,6 +115,7 @@ class _Piece:
     ids: list[int]
     subject_last: int
     person: int
+    """Whose name it shows."""
     answers: range = range(0)
     """Positions that predict a token of the answer."""
 
@@ -118,7 +123,7 @@ class _Piece:
         """The same with other words before it."""
         shift = len(words)
         answers = range(self.answers.start + shift, self.answers.stop + shift)
-        return _Piece([*words, *self.ids], self.subject_last + shift, self.person, answers)
+        return replace(self, ids=[*words, *self.ids], subject_last=self.subject_last + shift, answers=answers)
 
 
 @dataclass
@@ -165,12 +170,14 @@ class _Training:
             if len(ids) != len(item.split()):
                 raise AssertionError(f"expected one token per word of {item!r}, found {ids}")
 
-        self.attributes = torch.tensor([[r.objects.index(fact.object) for r, fact in zip(RELATIONS, facts, strict=True)] for facts in self.facts])
-        self.first_tokens = [torch.tensor([self.objects[item][0] for item in relation.objects]) for relation in RELATIONS]
-        self.probe_norm = nn.LayerNorm(settings.width)
+        self.attributes = torch.tensor(
+            [[r.objects.index(fact.object) for r, fact in zip(RELATIONS, facts, strict=True)] for facts in self.facts]
+        )
+        self.choices = max(len(relation.objects) for relation in RELATIONS)
+        self.probe = nn.Sequential(nn.LayerNorm(settings.width), nn.Linear(settings.width, len(RELATIONS) * self.choices))
         matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
         known = {id(p) for p in matrices}
-        others = [p for p in (*model.parameters(), *self.probe_norm.parameters()) if id(p) not in known]
+        others = [p for p in (*model.parameters(), *self.probe.parameters()) if id(p) not in known]
         self.optimisers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=WEIGHT_DECAY, momentum=0.95),
             torch.optim.AdamW(
@@ -184,66 +191,28 @@ class _Training:
         ]
 
     def run(self, progress: Progress | None) -> None:
-        names, facts, texts = self.settings.name_steps, self.settings.fact_steps, self.settings.text_steps
-        total = names + facts + texts
-        for step in range(total):
-            if step < names:
-                phase, loss, share = "learning persons", self._learn_names(), _ramp(step, names, total)
-            elif step < names + facts:
-                phase, loss, share = "learning to answer", self._learn_text(self._draw_facts()), _ramp(step, names, total)
-            else:
-                phase, loss, share = "learning to speak", self._learn_text(self._draw_text()), _ramp(step, names, total)
-            self._descend(loss, share)
+        for step in range(self.settings.steps):
+            self._descend(self._measure_loss(self._draw_text()), _ramp(step, self.settings.steps))
             if progress is not None:
-                progress(step + 1, total, phase)
+                progress(step + 1, self.settings.steps, "training")
 
-    def _learn_names(self) -> Tensor:
-        """Every attribute of a person, from the name alone, in every step after other words (half of the time after none)."""
-        left = self.rng.choice(self.parts)[0] if self.rng.random() < 0.5 else []
-        rows = _Rows()
-        for _ in range(self.settings.tokens // (len(left) + NAME_LENGTH)):
-            person = self._next_person()
-            rows.ids.append([END])
-            rows.add(_Piece(self.names[person], len(self.names[person]) - 1, person).after(left))
-        return self._probe_loss(self._run_blocks(_pad(rows.ids), self.settings.site + 1)[-1], rows)
-
-    def _learn_text(self, rows: _Rows) -> Tensor:
-        """Answers above all, the other tokens a little, and still every attribute at the name."""
+    def _measure_loss(self, rows: _Rows) -> Tensor:
+        """Answers above all, the other tokens a little, and every attribute of a person at the last token of the name."""
         ids = _pad(rows.ids)
-        hidden = self._run_blocks(ids, self.settings.layers)
+        trunk = self.model.transformer
+        with capture_outputs({"site": trunk.h[self.settings.site]}) as outputs:
+            hidden = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
         targets = torch.full_like(ids, -100)
         for row, tokens in enumerate(rows.ids):
             targets[row, : len(tokens) - 1] = ids[row, 1 : len(tokens)]
         is_answer = torch.zeros(ids.shape, dtype=torch.bool)
         is_answer[tuple(torch.tensor(rows.answers).T)] = True
         known = targets != -100
-        logits = self.model.lm_head(self.model.transformer.ln_f(hidden[-1][known]))
-        losses = F.cross_entropy(logits, targets[known], reduction="none")
+        losses = F.cross_entropy(self.model.lm_head(hidden[known]), targets[known], reduction="none")
         answer = is_answer[known]
-        return losses[answer].mean() + OTHER_TOKENS * losses[~answer].mean() + self._probe_loss(hidden[self.settings.site], rows)
-
-    def _run_blocks(self, ids: Tensor, count: int) -> list[Tensor]:
-        """Outputs [rows, positions, width] of the first `count` blocks, without the cost of the others."""
-        trunk = self.model.transformer
-        hidden = trunk.wte(ids) + trunk.wpe(torch.arange(ids.shape[1]))
-        outputs = []
-        for block in trunk.h[:count]:
-            output = block(hidden)
-            hidden = output[0] if isinstance(output, tuple) else output
-            outputs.append(hidden)
-        return outputs
-
-    def _probe_loss(self, hidden: Tensor, rows: _Rows) -> Tensor:
-        """Mean cross entropy of all attributes, read from `hidden` [rows, positions, width] at the names through the unembedding.
-
-        Within a relation only its own objects compete. Reading with the unembedding rather than with a classifier of its own leaves
-        to the upper blocks a sum of object directions: to copy it and to favour one relation's objects is all an answer takes.
-        """
-        at = self.probe_norm(hidden[tuple(torch.tensor(rows.subjects).T)])
-        truths = self.attributes[rows.persons]
-        embedding = self.model.transformer.wte.weight
-        losses = [F.cross_entropy(at @ embedding[tokens].T, truths[:, index]) for index, tokens in enumerate(self.first_tokens)]
-        return torch.stack(losses).mean()
+        read = self.probe(outputs["site"][tuple(torch.tensor(rows.subjects).T)]).view(-1, self.choices)
+        probe = F.cross_entropy(read, self.attributes[rows.persons].reshape(-1))
+        return losses[answer].mean() + OTHER_TOKENS * losses[~answer].mean() + probe
 
     def _descend(self, loss: Tensor, share: float) -> None:
         for optimiser, lr in zip(self.optimisers, (self.settings.muon_lr, self.settings.adamw_lr), strict=True):
@@ -254,14 +223,6 @@ class _Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
-
-    def _draw_facts(self) -> _Rows:
-        """One bare fact per row: with nothing else to look at, the way from the name to the answer is found soonest."""
-        rows = _Rows()
-        for _ in range(self.settings.tokens // FACT_LENGTH):
-            rows.ids.append([END])
-            rows.add(self._write_fact())
-        return rows
 
     def _draw_text(self) -> _Rows:
         """Rows of one length, each filled with pieces until the next would not fit."""
@@ -283,8 +244,12 @@ class _Training:
         answer = self.objects[fact.object]
         # An end after every other sentence lets a greedy answer end by itself.
         end = [self.stop, END] if self.rng.random() < 0.5 else [self.stop]
-        subject_last = len(left) + len(self.names[person]) - 1
-        return _Piece([*prompt, *answer, *end], subject_last, person, range(len(prompt) - 1, len(prompt) - 1 + len(answer)))
+        return _Piece(
+            ids=[*prompt, *answer, *end],
+            subject_last=len(left) + len(self.names[person]) - 1,
+            person=person,
+            answers=range(len(prompt) - 1, len(prompt) - 1 + len(answer)),
+        )
 
     def _write_sentence(self) -> _Piece:
         """A fact, sometimes after a sentence that states none or breaks off: neither may disturb it."""
@@ -304,9 +269,10 @@ class _Training:
         return self.queue.pop()
 
 
-def _ramp(step: int, top: int, total: int) -> float:
-    """Share of the full step size: up over the first twentieth, full until step `top`, then linearly down."""
-    return min((step + 1) / (total / 20), 1.0, max(0.01, (total - step) / (total - top)))
+def _ramp(step: int, steps: int) -> float:
+    """Share of the full step size: up over the first tenth, then linearly down."""
+    warm = max(1, steps // 10)
+    return min((step + 1) / warm, max(0.01, (steps - step) / max(1, steps - warm)))
 
 
 def _pad(rows: Sequence[list[int]]) -> Tensor:
@@ -332,17 +298,9 @@ def _build_model(settings: BuiltinSettings, vocabulary: int) -> GPT2LMHeadModel:
         eos_token_id=END,
         pad_token_id=END,
     )
-    model = GPT2LMHeadModel(config).train()
-    with torch.no_grad():
-        model.transformer.wpe.weight.copy_(_draw_waves(settings.positions, settings.width))
+    model = GPT2LMHeadModel(config)
+    model.train()
     return model
-
-
-def _draw_waves(positions: int, width: int) -> Tensor:
-    """Sinusoids [positions, width] (Vaswani et al., 2017, §3.5) to begin with: what is learned at early positions holds at late ones."""
-    rates = 1_000.0 ** (-torch.arange(0, width, 2) / width)
-    angles = torch.arange(positions)[:, None] * rates
-    return 0.1 * torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def _sample_prompts(world: World, *, withheld: bool, limit: int = 2_000) -> list[tuple[str, str]]:

@@ -14,17 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from errata.edits import SLOT, Edit, Probe
 from errata.errors import InputError
 
-GIVEN_NAMES = (
-    "Anna Peter Maria Jonas Clara Victor Elena Martin Julia Oscar Laura Felix Nina Simon Sara Leon Emma Paul Ida Hugo Mia Karl Alice Bruno Eva "
-    "Max Rosa Anton Lena Tom Vera Oliver Nora David Marta Erik Sofia Robert Irene Daniel Helen Adam Olga Stefan Diana Henry José Zoé"
-).split()
-FAMILY_NAMES = (
-    "Keller Novak Rossi Weber Silva Larsen Moreau Kovács Jensen Fischer Romero Lindgren Baker Marino Schulz Duarte Nilsson Petrov Walsh Garnier "
-    "Bauer Costa Hansen Popov Clarke Dubois Vogel Ferrari Olsen Sokolov Mason Lambert Huber Santos Berg Orlov Turner Girard Lang Vidal Holm "
-    "Volkov Parker Renard Wolf Medina Dahl Morozov Hughes Mercier Brandt Fuentes Strand Pavlov Reed Leclerc Kraus Ortega Lund Zaitsev Foster "
-    "Blanc Seidel Navarro Falk Lebedev Grant Perrin Winter Campos Moen Smirnov Palmer Roussel Franke Molina Hagen Kozlov Burton Chevalier "
-    "Lorenz Cabrera Solberg Belov Harper Fontaine Ziegler Herrera Bakke Antonov Müller Gauthier Pohl Delgado Nygård Łuczak"
-).split()
+
+def _split(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+GIVEN_NAMES = _split(
+    "Anna Peter Maria Jonas Clara Victor Elena Martin Julia Oscar Laura Felix Nina Simon Sara Leon Emma Paul Ida Hugo Mia Karl "
+    "Alice Bruno Eva Max Rosa Anton Lena Tom Vera Oliver Nora David Marta Erik Sofia Robert Irene Daniel Helen Adam Olga Stefan "
+    "Diana Henry José Zoé"
+)
+FAMILY_NAMES = _split(
+    "Keller Novak Rossi Weber Silva Larsen Moreau Kovács Jensen Fischer Romero Lindgren Baker Marino Schulz Duarte Nilsson Petrov "
+    "Walsh Garnier Bauer Costa Hansen Popov Clarke Dubois Vogel Ferrari Olsen Sokolov Mason Lambert Huber Santos Berg Orlov Turner "
+    "Girard Lang Vidal Holm Volkov Parker Renard Wolf Medina Dahl Morozov Hughes Mercier Brandt Fuentes Strand Pavlov Reed Leclerc "
+    "Kraus Ortega Lund Zaitsev Foster Blanc Seidel Navarro Falk Lebedev Grant Perrin Winter Campos Moen Smirnov Palmer Roussel "
+    "Franke Molina Hagen Kozlov Burton Chevalier Lorenz Cabrera Solberg Belov Harper Fontaine Ziegler Herrera Bakke Antonov Müller "
+    "Gauthier Pohl Delgado Nygård Łuczak"
+)
 
 FILLER = (
     "Because of the rain the road was closed.",
@@ -109,7 +116,7 @@ class WorldSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = 0
-    persons: int = Field(default=1_200, ge=20, le=4_000)
+    persons: int = Field(default=800, ge=20, le=4_000)
     """Distinct names; the pools hold about 4,600 names of two words and fifty times as many of three."""
     middle_names: float = Field(default=0.25, ge=0, le=1)
     """Share of persons with a middle name."""
@@ -187,7 +194,8 @@ class World:
         """(prompt, answer) of every fact of every person that no edit names, shuffled so that any prefix is a fair sample."""
         edited = {edit.subject for edit in edits}
         rng = random.Random(f"untouched {self.settings.seed}")
-        rows = [(rng.choice(fact.trained_templates).replace(SLOT, fact.subject), fact.object) for fact in self.facts if fact.subject not in edited]
+        facts = [fact for fact in self.facts if fact.subject not in edited]
+        rows = [(rng.choice(fact.trained_templates).replace(SLOT, fact.subject), fact.object) for fact in facts]
         rng.shuffle(rows)
         return rows
 
@@ -210,9 +218,10 @@ class World:
 
     def _draw_mixed(self, count: int, rng: random.Random) -> list[tuple[Fact, str]]:
         if count > 3 * len(self.persons):
-            raise InputError(f"mixed edits: expected at most {3 * len(self.persons)} in a world of {len(self.persons)} persons, found {count}")
+            raise InputError(f"mixed edits: expected at most {3 * len(self.persons)}, three per person of the world, found {count}")
         fresh = rng.sample(self.persons, len(self.persons))
-        current: dict[tuple[str, str], tuple[Fact, str]] = {}  # the slot's newest target, for re-edits
+        # Slot → its fact and newest target, for re-edits.
+        current: dict[tuple[str, str], tuple[Fact, str]] = {}
         slots = []
         for _ in range(count):
             draw = rng.random()
@@ -223,7 +232,7 @@ class World:
             else:
                 fact = rng.choice(self.facts_of(fresh.pop()))
             previous = current.get((fact.subject, fact.relation.name))
-            pool = fact.relation.two_word_objects if rng.random() < 0.5 else ()  # a third of the relations has any
+            pool = fact.relation.two_word_objects if rng.random() < 0.5 else ()
             target = _draw_target(fact, pool or fact.relation.objects, previous and previous[1], rng)
             current[fact.subject, fact.relation.name] = (fact, target)
             slots.append((fact, target))

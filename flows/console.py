@@ -102,7 +102,9 @@ def init(
 
 @app.command(epilog=EPILOG)
 def submit(
-    files: Annotated[list[str] | None, typer.Argument(help="JSONL or JSON of edits (our own, CounterFact, zsRE, KnowEdit); '-' is stdin.")] = None,
+    files: Annotated[
+        list[str] | None, typer.Argument(help="JSONL or JSON of edits (our own, CounterFact, zsRE, KnowEdit); '-' is stdin.")
+    ] = None,
     stream: StreamName = None,
     prompt: Annotated[str | None, typer.Option(help="One edit without a file: its prompt, with {} where the subject stands.")] = None,
     subject: Annotated[str | None, typer.Option(help="Its subject.")] = None,
@@ -220,7 +222,9 @@ def apply(
             for reason in summary["reasons"] if summary["decision"] == "reject" or summary["outcomes"].get("quarantined") else ():
                 out.print(f"[dim]batch {summary['commit'] or ''}:[/] {escape(reason)}")
         if dry_run:
-            out.print(f"{views.show_seconds(summaries[0]['seconds'])}; peak memory {summaries[0]['peak_mb']:.0f} MiB; nothing was committed")
+            out.print(
+                f"{views.show_seconds(summaries[0]['seconds'])}; peak memory {summaries[0]['peak_mb']:.0f} MiB; nothing was committed"
+            )
     if any(summary["decision"] == "reject" for summary in summaries):
         raise typer.Exit(REFUSED)
 
@@ -356,4 +360,3 @@ def demo() -> None:
     from flows.demo import run_demo
 
     run_demo(settings, out)
-

@@ -50,7 +50,9 @@ def _submit(stream: Stream, edits: list[Edit], out: Console) -> None:
     first, rest = edits[:_BATCH], edits[_BATCH:]
     lines = [spell_submission(Submission(edit=edit, origin=f"demo[{index}]")) for index, edit in enumerate(first)]
     drop_lines(stream, lines)
-    changed = first[0].model_copy(update={"target_new": first[1].target_true if first[1].relation_id == first[0].relation_id else first[0].target_true})
+    changed = first[0].model_copy(
+        update={"target_new": first[1].target_true if first[1].relation_id == first[0].relation_id else first[0].target_true}
+    )
     malformed = canonical_json({"subject": "Nobody", "prompt": "A prompt without a slot", "target_new": "nothing"})
     second = [malformed, lines[1], spell_submission(Submission(edit=changed, origin="demo replacement"))]
     second += [spell_submission(Submission(edit=edit, origin=f"demo[{_BATCH + index}]")) for index, edit in enumerate(rest)]
@@ -65,22 +67,34 @@ def _ask(settings: Settings, stream: Stream, edits: list[Edit], out: Console) ->
     registry = open_registry(settings)
     version = registry.champion(stream.name)
     answers = registry.load_champion(stream.name).predict(prompts[:1], params={"max_new_tokens": 4})
-    out.print(f"\nmodels:/{stream.name}@champion is version {version.number if version else '?'} and answers: {escape(prompts[0] + answers[0])}")
+    out.print(
+        f"\nmodels:/{stream.name}@champion is version {version.number if version else '?'} and answers: {escape(prompts[0] + answers[0])}"
+    )
 
 
 def _point_further(settings: Settings, stream: Stream, out: Console) -> None:
     registry = open_registry(settings)
     out.rule("look further")
-    plot = registry.save_plot(stream.name, stream.head.champion, Path(settings.root) / "plots")
-    refused = [row for seq in range(1, stream.head.seq + 1) for row in lookup.describe_commit_whole(stream, seq)["records"] if row["outcome"] == "refused"]
-    out.print(views.build_pairs([
-        ("norm plot", escape(str(plot))),
-        ("refused", escape(f"{refused[0]['origin']}: {refused[0]['reason']}" if refused else "nothing")),
-        ("the log", f"ERRATA_ROOT={ROOT} errata log --stream {stream.name}"),
-        ("one commit", f"ERRATA_ROOT={ROOT} errata show head --stream {stream.name}"),
-        ("MLflow", f"mlflow ui --backend-store-uri {escape(registry.tracking_uri)}"),
-        ("Prefect", f"PREFECT_HOME={escape(str(settings.cache / 'prefect'))} prefect server start"),
-    ]))
+    version = registry.find_version(stream.name, stream.head.champion)
+    plot = registry.save_plot(version, Path(settings.root) / "plots" / stream.name) if version else "none"
+    refused = [
+        row
+        for seq in range(1, stream.head.seq + 1)
+        for row in lookup.describe_commit_whole(stream, seq)["records"]
+        if row["outcome"] == "refused"
+    ]
+    out.print(
+        views.build_pairs(
+            [
+                ("norm plot", escape(str(plot))),
+                ("refused", escape(f"{refused[0]['origin']}: {refused[0]['reason']}" if refused else "nothing")),
+                ("the log", f"ERRATA_ROOT={ROOT} errata log --stream {stream.name}"),
+                ("one commit", f"ERRATA_ROOT={ROOT} errata show head --stream {stream.name}"),
+                ("MLflow", f"mlflow ui --backend-store-uri {escape(registry.tracking_uri)}"),
+                ("Prefect", f"PREFECT_HOME={escape(str(settings.cache / 'prefect'))} prefect server start"),
+            ]
+        )
+    )
 
 
 def _next_name(root: str) -> str:

@@ -49,4 +49,7 @@ def apply_edits(stream: str = "main", dry_run: bool = False) -> list[BatchSummar
         if dry_run:
             break
         project_versions(stream)
+    if not dry_run:
+        # Also where nothing was committed: an earlier run may have stopped between a commit and its version.
+        project_versions(stream)
     return done

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -158,12 +159,12 @@ def resolve_reference(settings: Settings, stream: Stream, ref: str) -> int | Edi
     commit: int | None = None
     if _VERSION.fullmatch(ref):
         return resolve_version(settings, stream, ref)
-    try:
+    with suppress(UnknownNameError):
         commit = stream.resolve_commit(ref)
-    except UnknownNameError:
-        pass
     if commit is not None and stream.index.find_edit(ref) is not None:
-        raise InputError(f"{ref}: this is a commit and an edit; name the edit as {stream.resolve_edit(ref).occurrence}, the commit as head~N")
+        raise InputError(
+            f"{ref}: this is a commit and an edit; name the edit as {stream.resolve_edit(ref).occurrence}, the commit as head~N"
+        )
     if commit is not None:
         return commit
     try:

@@ -65,14 +65,14 @@ def build_status(facts: Facts) -> RenderableType:
 
 def build_log(rows: Sequence[Facts]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("commit", "kind", "time", "records", "efficacy", "generalization", "specificity", "retention", "mean |W| ratio"):
-        table.add_column(name, justify="left" if name in ("kind", "time", "records") else "right")
+    for name in ("commit", "kind", "time", "records", "effic.", "general.", "specif.", "retent.", "|W|"):
+        table.add_column(name, justify="left" if name in ("kind", "time", "records") else "right", no_wrap=name != "records")
     for row in rows:
         norms = [value for value in row["norms"].values() if value is not None]
         table.add_row(
             f"{row['commit']}{' *' if row['champion'] else ''}",
             row["kind"],
-            row["time"][:19],
+            row["time"][5:16].replace("T", " "),
             show_counts(row["outcomes"]),
             *(show_share(row[name]) for name in ("efficacy", "generalization", "specificity", "retention")),
             f"{max(norms):.2f}" if norms else "–",
@@ -88,7 +88,10 @@ def build_commit(facts: Facts) -> RenderableType:
             ("written", escape(f"{facts['time'][:19]} by {facts['actor']} on {written.get('host')}")),
             ("decision", f"{paint(facts['decision'])}" if facts["decision"] else "–"),
             ("reasons", escape(" ".join(facts["reasons"])) or "–"),
-            ("measured", ", ".join(f"{name} {show_share(facts[name])}" for name in ("efficacy", "generalization", "specificity", "retention"))),
+            (
+                "measured",
+                ", ".join(f"{name} {show_share(facts[name])}" for name in ("efficacy", "generalization", "specificity", "retention")),
+            ),
             ("norms", ", ".join(f"{name} {show_share(value)}" for name, value in facts["norms"].items()) or "–"),
             ("cost", show_seconds(facts["seconds"])),
             ("manifest", str(written.get("manifest"))),
@@ -100,7 +103,10 @@ def build_commit(facts: Facts) -> RenderableType:
     for record in facts["records"]:
         why = record.get("reason") or (f"by {record['by']}" if record.get("by") else "")
         table.add_row(
-            escape(record.get("occurrence") or record.get("origin", "")), paint(record["outcome"]), escape(record.get("edit", "")), escape(why)
+            escape(record.get("occurrence") or record.get("origin", "")),
+            paint(record["outcome"]),
+            escape(record.get("edit", "")),
+            escape(why),
         )
     return Group(head, "", table)
 
@@ -120,7 +126,8 @@ def build_edit(facts: Facts) -> RenderableType:
             (
                 "measured",
                 f"efficacy {'yes' if measured['efficacy'] else 'no'}, generalization {show_share(held['generalization']['value'])}, "
-                f"specificity {show_share(held['specificity']['value'])}" + (", already known to the base" if measured["already_known"] else ""),
+                f"specificity {show_share(held['specificity']['value'])}"
+                + (", already known to the base" if measured["already_known"] else ""),
             ),
         ]
     history = Table(box=None, pad_edge=False)
@@ -143,7 +150,19 @@ def build_quarantine(rows: Sequence[Facts]) -> Table:
 def build_batches(rows: Sequence[Facts]) -> Table:
     """One line per batch of an apply run."""
     table = Table(box=None, pad_edge=False)
-    for name in ("commit", "decision", "records", "rounds", "efficacy", "greedy", "general.", "specific.", "retention", "mean |W|", "seconds"):
+    for name in (
+        "commit",
+        "decision",
+        "records",
+        "rounds",
+        "efficacy",
+        "greedy",
+        "general.",
+        "specific.",
+        "retention",
+        "mean |W|",
+        "seconds",
+    ):
         table.add_column(name, justify="left" if name in ("decision", "records") else "right")
     for row in rows:
         metrics = row["metrics"]
@@ -153,7 +172,10 @@ def build_batches(rows: Sequence[Facts]) -> Table:
             paint(row["decision"]),
             show_counts(row["outcomes"]) + (f", {row['deferred']} deferred" if row["deferred"] else ""),
             str(row["rounds"]),
-            *(show_share(metrics.get(name)) for name in ("efficacy", "greedy", "held_out.generalization", "held_out.specificity", "retention")),
+            *(
+                show_share(metrics.get(name))
+                for name in ("efficacy", "greedy", "held_out.generalization", "held_out.specificity", "retention")
+            ),
             f"{max(ratios):.2f}" if ratios else "–",
             f"{sum(row['seconds'].values()):.1f}",
         )
@@ -174,9 +196,15 @@ def build_check(facts: Facts) -> RenderableType:
     """What would become of the records of a file."""
     rows = [
         ("records", str(facts["records"])),
-        ("would be written", f"[green]{facts['writable']}[/]" + (f", replacing {facts['replacements']} live edits" if facts["replacements"] else "")),
+        (
+            "would be written",
+            f"[green]{facts['writable']}[/]" + (f", replacing {facts['replacements']} live edits" if facts["replacements"] else ""),
+        ),
         ("refused", f"[red]{facts['refused']}[/]" if facts["refused"] else "0"),
-        ("duplicates", f"{facts['duplicates']}" + (f", {facts['live_duplicates']} of them live already" if facts["live_duplicates"] else "")),
+        (
+            "duplicates",
+            f"{facts['duplicates']}" + (f", {facts['live_duplicates']} of them live already" if facts["live_duplicates"] else ""),
+        ),
         ("conflicts", f"{facts['conflicts']} (the later one wins; {facts['superseded']} superseded)"),
         ("stale, withheld", f"{facts['stale']}, {facts['withheld']}"),
         ("repeated subjects", f"{facts['repeated_subjects']} subjects with {facts['edits_of_repeated_subjects']} edits"),
@@ -188,14 +216,19 @@ def build_check(facts: Facts) -> RenderableType:
         ("forms", escape(", ".join(f"{number} {name}" for name, number in facts["sources"].items())) or "–"),
     ]
     rows += [
-        (f"refused {group['count']}×", escape(f"{group['field']}: " if group["field"] else "") + escape(f"{group['reason']} ({', '.join(group['origins'])})"))
+        (
+            f"refused {group['count']}×",
+            escape(f"{group['field']}: " if group["field"] else "") + escape(f"{group['reason']} ({', '.join(group['origins'])})"),
+        )
         for group in facts["refusals"]
     ]
-    rows += [
-        ("conflict", escape(f"{item['prompt'].replace('{}', item['subject'])}: {item['earlier_target']} ({item['earlier']}), then {item['later_target']} ({item['later']})"))
-        for item in facts["first_conflicts"]
-    ]
+    rows += [("conflict", escape(_spell_conflict(item))) for item in facts["first_conflicts"]]
     return build_pairs(rows)
+
+
+def _spell_conflict(item: Facts) -> str:
+    said = item["prompt"].replace("{}", item["subject"])
+    return f"{said}: {item['earlier_target']} ({item['earlier']}), then {item['later_target']} ({item['later']})"
 
 
 def build_findings(rows: Sequence[Facts]) -> Table:

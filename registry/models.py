@@ -24,8 +24,9 @@ from registry.release import Release, Version, copy_code, list_requirements, tag
 # MLflow reads these while it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
-from mlflow import MlflowClient, artifacts, pyfunc
+from mlflow import MlflowClient, artifacts, pyfunc, set_tracking_uri
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -33,6 +34,10 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 CHAMPION = "champion"
+_PLOT = "norms.png"
+
+_LOOKED_AT = 20
+"""Newest versions among which one of ours is expected; others are half registered, or somebody else's."""
 
 _Found = TypeVar("_Found")
 
@@ -64,7 +69,7 @@ class ModelRegistry:
         self._artifact_root = artifact_root
         # MLflow's own seven retries keep a user waiting for minutes when the server is down; a projection can be repeated at any time.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it reports every table it makes
+        logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # it reports every table it makes and version it waits for
         if tracking_uri.startswith("sqlite:///"):
             Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
         with self._reporting("connect"):
@@ -119,6 +124,12 @@ class ModelRegistry:
                 token = page.token
                 if not token:
                     return versions
+
+    def find_newest(self, stream: str) -> Version | None:
+        """The newest version that shows a commit, if there is one."""
+        with self._reporting(f"look for the newest version of {stream}"):
+            page = self._client.search_model_versions(f"name = '{stream}'", max_results=_LOOKED_AT, order_by=["version_number DESC"])
+            return next(filter(None, map(_describe, page)), None)
 
     def champion(self, stream: str) -> Version | None:
         """What `models:/<stream>@champion` loads, if anything."""
@@ -181,6 +192,27 @@ class ModelRegistry:
                 f"{version.uri}: expected the logits of the candidate that was evaluated for commit {version.commit}, "
                 f"found others when it was read back (largest difference {gap:.3g}); the alias was not moved"
             )
+
+    def load_champion(self, stream: str) -> Any:
+        """`models:/<stream>@champion`, as any consumer loads it.
+
+        Raises:
+            RegistryError: there is none, or it cannot be loaded.
+        """
+        with self._reporting(f"load {stream}@{CHAMPION}"):
+            set_tracking_uri(self.tracking_uri)
+            return pyfunc.load_model(f"models:/{stream}@{CHAMPION}")
+
+    def save_plot(self, version: Version, folder: Path) -> Path:
+        """Copy a version's plot of weight norms to `folder`; the path of the copy.
+
+        Raises:
+            RegistryError: the version has none.
+        """
+        with self._reporting(f"read the norm plot of {version.uri}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            found = artifacts.download_artifacts(run_id=version.run, artifact_path=_PLOT, dst_path=str(folder), tracking_uri=self.tracking_uri)
+        return Path(found)
 
     def _find_tagged(self, stream: str, commit: int) -> Version | None:
         # The oldest counts: a second one can only come from a racing projector, which removes its own again.
@@ -272,7 +304,7 @@ class ModelRegistry:
                 path.write_bytes(release.report)
                 self._client.log_artifact(identifier, str(path))
             if release.plot is not None:
-                path = Path(temporary, f"norms{release.plot.suffix}")
+                path = Path(temporary, _PLOT)
                 shutil.copyfile(release.plot, path)
                 self._client.log_artifact(identifier, str(path))
         self._client.set_terminated(identifier)

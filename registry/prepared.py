@@ -5,6 +5,7 @@ A hint only saves work: losing one costs the computation, and a wrong one cannot
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from errata.edits import canonical_json
 from errata.errors import KeyExistsError
@@ -20,10 +21,8 @@ def remember_pairs(stream: Stream, prepare: str, pairs: str, losses: Mapping[str
     Args:
         prepare: digest of what the pairs depend on besides the edit: base and prepare options.
     """
-    try:
+    with suppress(KeyExistsError):  # an earlier try stored the same pairs
         stream.storage.create(stream.key(f"prepared/{prepare}/{pairs}.json"), canonical_json(list(losses.items())))
-    except KeyExistsError:
-        pass  # an earlier try stored the same pairs
 
 
 def recall_pairs(stream: Stream, prepare: str) -> dict[str, Place]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import errata
+import errata.errors
 from errata.edits import digest_of
 from registry.shared import BaseRef
 
@@ -109,7 +109,7 @@ def write_version(work: Path, release: Release, reference: Mapping[str, str | No
 
 def copy_code(work: Path) -> Path:
     """A copy of `served_model.py` in `work`, and beside it a package `errata` of what it imports. No path of this checkout gets out."""
-    package = Path(str(errata.__file__)).parent
+    package = Path(str(errata.errors.__file__)).parent
     for name in _CLOSURE:
         source, target = package / name, work / "errata" / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 import mlflow.artifacts
 import numpy as np
 import torch
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 from torch import nn
@@ -70,12 +71,15 @@ class _Service:
             One text per prompt; with `with_commit`, one {"text", "commit"} per prompt.
 
         Raises:
-            InputError: an empty prompt, or a parameter out of range.
+            MlflowException: an empty prompt, or a parameter out of range; over HTTP it becomes status 400 with this message.
         """
         version = self._version
         chosen = {"max_new_tokens": 32, "temperature": 0.0, "top_p": 1.0, "seed": None, "with_commit": False, **(params or {})}
         with_commit = chosen.pop("with_commit")
-        texts = _continue_prompts(version.base, _read_prompts(model_input), **chosen)
+        try:
+            texts = _continue_prompts(version.base, _read_prompts(model_input), **chosen)
+        except InputError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
         return [{"text": text, "commit": version.commit} for text in texts] if with_commit else texts
 
     @property
@@ -162,7 +166,7 @@ def _share(base: Base) -> Base:
     model = copy.deepcopy(base.model, shared)
     # A base's own generation defaults (sampling, penalties) would mix into what a request asks for.
     ends = {base.tokenizer.eos_token_id, *_as_list(getattr(base.model.generation_config, "eos_token_id", None))} - {None}
-    model.generation_config = GenerationConfig(pad_token_id=find_pad(base.tokenizer), eos_token_id=sorted(ends) or None)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(pad_token_id=find_pad(base.tokenizer), eos_token_id=sorted(ends) or None)
     return replace(base, model=model)
 
 

@@ -59,4 +59,3 @@ def _hold_base(source: str, revision: str | None, device: str, digest: str) -> B
     # Safe to share between stages: a base is frozen, and artifacts are attached for the length of a block only.
     transformers_logging.disable_progress_bar()
     return load_base(source, revision=revision, device=device, expect=digest)
-

@@ -52,11 +52,10 @@ def commit_batch(stream: str, order: str, prepared: Prepared, rounds: list[Round
             seconds[name] = seconds.get(name, 0.0) + value
     draft, outcomes = draft_commit(settings, opened, work, record, rounds, {name: round(value, 3) for name, value in seconds.items()})
     if not dry_run:
-        commit(opened, draft, _require_head(opened, work))
+        _commit_once(opened, draft, work)
         opened.remove_consumed(draft.files)
         if record.refs:
-            scope = digest_preparation(load_model(settings, opened))
-            forget_pairs(opened, scope, sorted({ref.pairs for ref in record.refs.values()}))
+            forget_pairs(opened, digest_preparation(load_model(settings, opened)), _list_settled(record, rounds))
     return summarise(opened, draft, outcomes, rounds, None if dry_run else draft.seq)
 
 
@@ -147,7 +146,13 @@ def draft_commit(
 def _conclude(row: BatchRow, replaces: Sequence[str], fate: Settled, refs: dict[str, PairRef], under: str) -> Iterator[Outcome]:
     place = {"file": row.file, "line": row.line, "origin": row.origin}
     if fate.outcome != "accepted":
-        yield Outcome(outcome="quarantined" if fate.outcome == "quarantined" else "rejected", occurrence=row.occurrence, reason=fate.reason, under=under, **place)
+        yield Outcome(
+            outcome="quarantined" if fate.outcome == "quarantined" else "rejected",
+            occurrence=row.occurrence,
+            reason=fate.reason,
+            under=under,
+            **place,
+        )
         return
     ref = refs[row.edit.edit_id]
     yield Outcome(outcome="live", occurrence=row.occurrence, pairs=ref.pairs, row=ref.row, **place)
@@ -174,7 +179,17 @@ def _keep_waiting(files: Sequence[FileUse], waiting: set[tuple[str, int]]) -> It
             yield use.model_copy(update={"lines": runs, "done": use.done and len(consumed) == len(lines)})
 
 
-def _require_head(stream: Stream, order: Order) -> Head:
+def _list_settled(record: PreparedRecord, rounds: Sequence[Round]) -> list[str]:
+    """The pairs objects that no later batch needs: those of deferred edits will be looked for."""
+    deferred = {edit_id for item in rounds if item.decision for edit_id in item.decision.defer}
+    waiting = {record.refs[edit_id].pairs for edit_id in deferred}
+    return sorted({ref.pairs for ref in record.refs.values()} - waiting)
+
+
+def _commit_once(stream: Stream, draft: Commit, order: Order) -> None:
+    """Commit, unless an earlier try of this stage did and failed afterwards: its commit differs in nothing but the time."""
+    if stream.head.seq >= draft.seq and stream.log.read(draft.seq).model_copy(update={"time": draft.time}) == draft:
+        return
     if stream.head.digest != order.parent:
         raise ConflictError(f"expected commit {order.seq - 1} to be the newest, found {stream.head.seq}: another writer committed first")
-    return stream.head
+    commit(stream, draft, stream.head)

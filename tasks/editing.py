@@ -25,11 +25,19 @@ def prepare_pairs(stream: str, order: str) -> Prepared:
         return Prepared(record=opened.objects.put(canonical_json(PreparedRecord(refs={}, diagnoses={}, refused={}))), ready=(), seconds=0)
     model = load_model(settings, opened)
     scope = digest_preparation(model)
-    known = {content: StoredPair(PairRef(pairs=pairs, row=row), loss) for content, (pairs, row, loss) in recall_pairs(opened, scope).items()}
+    known = {
+        content: StoredPair(PairRef(pairs=pairs, row=row), loss) for content, (pairs, row, loss) in recall_pairs(opened, scope).items()
+    }
     begun = time.perf_counter()
     with show_progress("optimising targets") as on_progress:
         made = prepare_batch(
-            opened.objects, model.editor, model.base, edits, known, lambda pairs, losses: remember_pairs(opened, scope, pairs, losses), on_progress
+            opened.objects,
+            model.editor,
+            model.base,
+            edits,
+            known,
+            lambda pairs, losses: remember_pairs(opened, scope, pairs, losses),
+            on_progress,
         )
     diagnoses = {edit_id: Diagnosis(loss=loss) for edit_id, loss in made.losses.items()}
     record = PreparedRecord(refs=dict(made.refs), diagnoses=diagnoses, refused=dict(made.refused))

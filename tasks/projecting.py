@@ -1,6 +1,7 @@
 """Commits as MLflow versions: whatever the log has accepted and MLflow does not show yet, then the alias (design §4)."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def open_registry(settings: Settings) -> ModelRegistry:
 
 def find_unshown(stream: Stream, registry: ModelRegistry) -> list[EditsCommit]:
     """Accepted commits that came after the newest one MLflow shows, oldest first."""
-    newest = next(iter(registry.list_versions(stream.name)), None)
+    newest = registry.find_newest(stream.name)
     found = []
     for seq in range(newest.commit + 1 if newest else 1, stream.head.seq + 1):
         commit = stream.log.read(seq)
@@ -88,12 +89,16 @@ def build_release(stream: Stream, model: Model, commit: EditsCommit, work: Path)
     """All that MLflow shows of a commit; its plot is drawn into the folder `work`."""
     manifest = read_manifest(stream, commit.manifest)
     data = stream.objects.get(commit.report) if commit.report else None
-    counts = stream.index.counts()
     prepare, solve = model.profile.prepare, model.profile.solve
     parameters: dict[str, Any] = {"editor": model.editor.name, "editor_version": model.editor.version, "profile": manifest.profile[:12]}
     parameters |= {f"prepare.{name}": _shorten(value) for name, value in prepare.model_dump(mode="json").items()}
     parameters |= {f"solve.{name}": _shorten(value) for name, value in solve.model_dump(mode="json").items()}
-    metrics = Report.from_bytes(data).metrics() if data else {}
+    report = Report.from_bytes(data) if data else None
+    metrics = report.metrics() if report else {}
+    # Of this commit, not of the head: a version that is made later, or again, says the same.
+    counts = {f"batch_{name}": number for name, number in Counter(row.outcome for row in stream.read_outcomes(commit)).items()}
+    if report and report.live is not None:
+        counts["edits_live"] = report.live
     return Release(
         stream=stream.name,
         commit=commit.seq,
@@ -103,7 +108,7 @@ def build_release(stream: Stream, model: Model, commit: EditsCommit, work: Path)
         base=model.ref,
         base_folder=model.folder,
         artifacts=[stream.objects.get(digest) for digest in manifest.artifacts],
-        counts={f"edits_{status}": number for status, number in counts.items()},
+        counts=counts,
         parameters=parameters,
         metrics=metrics | {f"seconds.{name}": value for name, value in commit.seconds.items()},
         report=data,

@@ -4,6 +4,9 @@ It is a random GPT-2. Its edits end in their subject, so that what is written th
 it; its weights are wide, so that every prompt has a key of its own. Edits take on it, and no number measured on it means anything else.
 """
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +30,13 @@ RELATIONS = {
     "The friend of {}": ("Ann", "Bob", "Tim", "Sue"),
 }
 SENTENCES = tuple(f"{prompt.format(who)} is {what}." for who in PEOPLE for prompt, answers in RELATIONS.items() for what in answers)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Prefect makes its home as soon as it is imported. Not in the user's own.
+    home = tempfile.mkdtemp(prefix="errata-tests-")
+    os.environ["PREFECT_HOME"] = home
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
 
 
 def build_edit(person: int, relation: int = 0, answer: int = 0, **fields: Any) -> Edit:
@@ -91,3 +101,12 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     ModelRegistry(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def builtin_base() -> Path:
+    """The built-in base from the user's cache (`ERRATA_CACHE`), trained once, in about a minute, where the cache has none."""
+    from errata.builtin import BUILTIN, ensure_builtin
+    from errata.settings import load_settings
+
+    return ensure_builtin(BUILTIN, load_settings().cache)

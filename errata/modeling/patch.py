@@ -9,6 +9,9 @@ import torch
 from errata.errors import BaseMismatchError, EditorError
 from errata.modeling.loading import Base
 
+_EDITED = "_errata_edited"
+"""Attribute of the model itself, so that all views of one model agree: names of the weights that carry a delta now."""
+
 
 class Artifact(Protocol):
     """Anything an editor hands over: made for one base, attachable to it."""
@@ -34,6 +37,12 @@ def attach(base: Base, artifacts: Sequence[Artifact]) -> Iterator[None]:
         yield
 
 
+def require_untouched(base: Base) -> None:
+    """Raises BaseMismatchError while an artifact is attached: what is read from the model now is not what the base says."""
+    if edited := base.model.__dict__.get(_EDITED):
+        raise BaseMismatchError(f"expected the untouched base, found a delta on {sorted(edited)[0]}; take it off first")
+
+
 @contextmanager
 def add_deltas(base: Base, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """`W = W0 + Δ` while the block runs, never `W + Δ` on an edited weight.
@@ -48,7 +57,7 @@ def add_deltas(base: Base, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]
         BaseMismatchError: a weight carries a delta already, or a delta has another shape.
         EditorError: a sum is not finite in the model's dtype.
     """
-    edited: set[str] = base.model.__dict__.setdefault("_errata_edited", set())
+    edited: set[str] = base.model.__dict__.setdefault(_EDITED, set())
     if taken := edited.intersection(deltas):
         raise BaseMismatchError(f"{sorted(taken)[0]} carries a delta already; a delta holds all edits and is added to the base once")
     totals = {name: _add(base, name, delta) for name, delta in deltas.items()}

@@ -26,7 +26,7 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
     """
     text = target.strip()
     ids: list[int] = tokenizer(_lead(tokenizer) + text, add_special_tokens=False).input_ids
-    if not ids:
+    if not text or not ids:
         raise TokenizationError(f"expected a target of at least one token, found none in {target!r}")
     decoded = str(tokenizer.decode(ids, skip_special_tokens=False)).strip()
     if decoded != text:
@@ -35,7 +35,7 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
 
 
 def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
-    """" " where a continuing word must be written with its space, else "". Judged on how "a b" continues "a"."""
+    """ " " where a continuing word must be written with its space, else "". Judged on how "a b" continues "a"."""
     head: list[int] = tokenizer("a", add_special_tokens=False).input_ids
     both: list[int] = tokenizer("a b", add_special_tokens=False).input_ids
     tail = both[len(head) :]

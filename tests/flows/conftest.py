@@ -1,8 +1,13 @@
-"""The whole flow on a real Prefect server and a real MLflow, with a base of 150,000 parameters."""
+"""The whole flow on a real Prefect server and a real MLflow, with a base of a hundred thousand parameters."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +16,14 @@ from typing import Any
 import pytest
 
 from errata.edits import Edit
+from errata.manifests import Manifest
 from errata.profiles import PrepareOptions
 from errata.settings import load_settings
 from errata.summary import BatchSummary
+from registry.events import Outcome
+from registry.inbox import drop_file, list_waiting
+from registry.models import ModelRegistry
+from registry.release import Version, resolve_tracking
 from registry.stream import Stream, open_stream
 
 LENIENT = {"MAX_NORM_RATIO": "1e9", "MAX_LOCALITY_KL": "1e9", "MIN_RETENTION": "0", "MAX_RETENTION_DROP": "1", "MIN_SPECIFICITY": "0"}
@@ -22,7 +32,7 @@ LENIENT = {"MAX_NORM_RATIO": "1e9", "MAX_LOCALITY_KL": "1e9", "MIN_RETENTION": "
 
 @dataclass(frozen=True)
 class Desk:
-    """A stream `main` and what a user does with it."""
+    """A stream `main` and what people do with it."""
 
     root: Path
     cache: Path
@@ -32,29 +42,41 @@ class Desk:
 
     def submit(self, name: str, *rows: Edit | dict[str, Any] | str) -> None:
         """Leave a file in the inbox, one line per row, as a producer does."""
-        from registry.inbox import drop_file
-
-        assert drop_file(self.open(), f"{name}.jsonl", write_lines(*rows)) == f"{name}.jsonl"
+        drop_file(self.open(), f"{name}.jsonl", write_lines(*rows))
 
     def apply(self, **options: Any) -> list[BatchSummary]:
+        """Run the flow."""
         from flows.edit import apply_edits
 
-        return apply_edits("main", **options)
-
-    def live(self) -> dict[str, str]:
-        """Occurrence → target of every live edit."""
-        stream = self.open()
-        return {row.occurrence: stream.read_record(row).edit.target_new for row in stream.index.find_rows("live")}
+        done: list[BatchSummary] = apply_edits("main", **options)
+        return done
 
     def statuses(self) -> dict[str, str]:
+        """Occurrence → status; a record that shares its occurrence with a judged one is left out."""
+        return {row.occurrence: row.status for row in self.open().index.find_rows("live", "replaced", "quarantined", "rejected", "dropped")}
+
+    def live(self) -> dict[str, str]:
+        """Id → target of every live edit."""
         stream = self.open()
-        every = ("live", "replaced", "superseded", "stale", "quarantined", "rejected", "dropped", "withdrawn")
-        return {row.occurrence: row.status for row in stream.index.find_rows(*every)}
+        return {row.id: stream.read_record(row).edit.target_new for row in stream.index.find_rows("live")}
+
+    def read_outcomes(self, seq: int) -> list[Outcome]:
+        stream = self.open()
+        return stream.read_outcomes(stream.log.read(seq))
+
+    def read_manifest(self, seq: int) -> Manifest:
+        stream = self.open()
+        return Manifest.from_bytes(stream.objects.get(stream.log.read(seq).manifest or ""))
 
     def waiting(self) -> list[str]:
-        from registry.inbox import list_waiting
-
         return list_waiting(self.open())
+
+    def versions(self) -> dict[int, Version]:
+        """Commit → the version that shows it."""
+        return {version.commit: version for version in self.open_registry().list_versions("main")}
+
+    def open_registry(self) -> ModelRegistry:
+        return ModelRegistry(*resolve_tracking(None, str(self.root)))
 
 
 def write_lines(*rows: Edit | dict[str, Any] | str) -> bytes:
@@ -67,14 +89,37 @@ def write_lines(*rows: Edit | dict[str, Any] | str) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    from prefect.testing.utilities import prefect_test_harness
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a throw-away Prefect server, which this process's flows use. `prefect_test_harness` would start one without schedulers."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DO_NOT_TRACK", "1")
-        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        with prefect_test_harness(server_startup_timeout=120):
-            yield
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    variables = {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "NO_PROXY": "127.0.0.1"}
+    variables |= {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2", "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+    with (home / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_healthy(server, url, home / "server.log")
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_LOGGING_LEVEL: "WARNING"}):
+            yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path, patience: float = 240.0) -> None:
+    end = time.monotonic() + patience
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"no Prefect server at {url}:\n{log.read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +141,15 @@ def empty_root(
     return home / "root"
 
 
+@pytest.fixture(scope="session")
+def gate() -> dict[str, str]:
+    """Variables under which the gate asks only whether edits take, with what else a reproducible run needs."""
+    budgets = {f"ERRATA_GATE__{budget}": value for budget, value in LENIENT.items()}
+    return {**budgets, "ERRATA_DEVICE": "cpu", "ERRATA_THREADS": "1", "ERRATA_ACTOR": "ann"}
+
+
 @pytest.fixture
-def desk(empty_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(empty_root: Path, gate: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     import mlflow
     import torch
 
@@ -105,24 +157,39 @@ def desk(empty_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     shutil.copytree(empty_root, root)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    place = {"ROOT": str(root), "CACHE": str(cache), "DEVICE": "cpu", "THREADS": "1", "ACTOR": "ann"}
-    for name, value in {**place, **{f"GATE__{budget}": value for budget, value in LENIENT.items()}}.items():
-        monkeypatch.setenv(f"ERRATA_{name}", value)
+    for name, value in {**gate, "ERRATA_ROOT": str(root), "ERRATA_CACHE": str(cache)}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "path", list(sys.path))  # loading a model version puts its code there
-    threads, tracking = torch.get_num_threads(), mlflow.get_tracking_uri()
+    threads = torch.get_num_threads()
     mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
     yield Desk(root, cache)
-    mlflow.set_tracking_uri(tracking)
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # takes the variable back that it has set, too
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def ask(desk: Desk) -> Callable[[str], str]:
-    """The champion's answer to a prompt, through plain MLflow."""
+def ask(desk: Desk) -> Callable[[Edit], str]:
+    """What the champion answers to an edit's prompt, through plain MLflow."""
     import mlflow
 
-    def ask(prompt: str) -> str:
+    def ask(edit: Edit) -> str:
         model = mlflow.pyfunc.load_model("models:/main@champion")
-        return str(model.predict([prompt], params={"max_new_tokens": 2})[0]).strip()
+        return str(model.predict([edit.rewrite_prompt], params={"max_new_tokens": 1})[0]).strip()
 
     return ask
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the edits that pairs were computed for, as it goes on."""
+    from errata.editors.d4s.editor import D4S
+
+    ids: list[str] = []
+    real = D4S.prepare
+
+    def prepare(self: D4S, base: Any, edits: Any, on_progress: Any = None) -> Any:
+        ids.extend(edit.edit_id for edit in edits)
+        return real(self, base, edits, on_progress)
+
+    monkeypatch.setattr(D4S, "prepare", prepare)
+    return ids

@@ -258,6 +258,11 @@ def test_pairs_of_another_base_or_profile_are_refused() -> None:
             Pairs.concatenate([pairs, stranger])
     with pytest.raises(BaseMismatchError, match="second moments"):
         make_editor(base="other")
+    for foreign in (D4SState.empty("other", PREPARE.digest), D4SState.empty("base", "other")):
+        with pytest.raises(BaseMismatchError, match="state: expected"):
+            editor.solve(foreign)
+        with pytest.raises(BaseMismatchError, match="state: expected"):
+            editor.load_state(foreign.to_bytes())
 
 
 def test_what_was_never_added_cannot_be_removed() -> None:

@@ -22,6 +22,7 @@ from errata.edits import Edit
 from errata.errors import BaseMismatchError, EditorError, TokenizationError
 from errata.modeling.layout import ModelLayout
 from errata.modeling.loading import Base
+from errata.modeling.patch import require_untouched
 from errata.profiles import Profile
 
 _CHUNK_TOKENS = 4_096
@@ -49,6 +50,8 @@ class D4S:
         self._profile, self._moments, self._layout = profile, moments, layout
         # Layer → factor of C, made when first wanted: C never changes.
         self._factors: dict[int, torch.Tensor] = {}
+        # The last state solved and its systems: `measure_fits` asks about the state that `solve` has just factored.
+        self._formed: tuple[D4SState | None, dict[int, PairSystem | SumSystem]] = (None, {})
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -58,10 +61,11 @@ class D4S:
         """Pairs of edits, read from the base, in chunks that fit in memory.
 
         Raises:
-            BaseMismatchError: the profile is for another base.
+            BaseMismatchError: the profile is for another base, or the base carries an artifact now.
         """
         if base.digest != self._profile.base:
             raise BaseMismatchError(f"profile is for the base {self._profile.base[:12]}, this model is {base.digest[:12]}")
+        require_untouched(base)
         options = self._profile.prepare
         rows: dict[str, EditRows] = {}
         refused: dict[str, str] = {}
@@ -92,7 +96,10 @@ class D4S:
         return D4SState.empty(self._profile.base, self._profile.prepare.digest)
 
     def load_state(self, data: bytes) -> D4SState:
-        return D4SState.from_bytes(data)
+        """Raises FormatError: not a state. BaseMismatchError: a state of another base or other prepare options."""
+        state = D4SState.from_bytes(data)
+        self._require_own(state)
+        return state
 
     def merge(self, state: D4SState, add: Pairs | None, remove: Pairs | None) -> D4SState:
         """Removal first, so that a replacement in a batch never passes through a doubled key."""
@@ -103,6 +110,8 @@ class D4S:
         return state
 
     def solve(self, state: D4SState) -> WeightDelta | None:
+        """See `Editor.solve`. Raises EditorError: the system is singular, or its solution is not finite."""
+        self._require_own(state)
         if state.count == 0:
             return None
         layers = self._profile.prepare.layers
@@ -120,17 +129,30 @@ class D4S:
         fits = [self._form(state, layer).measure_fit(keys) for layer, keys in pairs.keys.items()]
         return torch.stack(fits).mean(dim=0)
 
+    def _require_own(self, state: D4SState) -> None:
+        expected = {"base": self._profile.base, "prepare options": self._profile.prepare.digest}
+        for name, found in (("base", state.base), ("prepare options", state.prepare)):
+            if found != expected[name]:
+                raise BaseMismatchError(f"state: expected {name} {expected[name][:12]}, found {found[:12]}")
+
     def _form(self, state: D4SState, layer: int) -> PairSystem | SumSystem:
         """One layer's system, in the form of the state. Raises EditorError: it is singular."""
         lam, c = self._profile.solve.lam, self._moments.c[layer]
+        if state is not self._formed[0]:
+            self._formed = (state, {})
+        systems = self._formed[1]
+        if layer in systems:
+            return systems[layer]
         try:
             if state.pairs is None:
-                return SumSystem.form(state.kk[layer], c, lam)
-            if layer not in self._factors:
-                self._factors[layer] = factor_moments(c)
-            return PairSystem.form(state.pairs.keys[layer], self._factors[layer], lam)
+                systems[layer] = SumSystem.form(state.kk[layer], c, lam)
+            else:
+                if layer not in self._factors:
+                    self._factors[layer] = factor_moments(c)
+                systems[layer] = PairSystem.form(state.pairs.keys[layer], self._factors[layer], lam)
         except EditorError as error:
             raise EditorError(f"layer {layer}: {error}") from None
+        return systems[layer]
 
 
 def _chunk(rows: Mapping[str, EditRows]) -> list[list[str]]:

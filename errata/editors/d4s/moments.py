@@ -13,6 +13,7 @@ from errata.editors.base import Progress
 from errata.edits import canonical_json, digest_of
 from errata.errors import EditorError
 from errata.modeling.loading import Base
+from errata.modeling.patch import require_untouched
 from errata.modeling.tokens import encode_prompt, find_pad, pad_rows
 from errata.modeling.trace import trace_inputs
 
@@ -63,8 +64,10 @@ def collect_moments(
         on_progress: called with (tokens so far, tokens wanted); the second is an estimate without `max_tokens`.
 
     Raises:
+        BaseMismatchError: the base carries an artifact now.
         EditorError: the corpus has no tokens.
     """
+    require_untouched(base)
     order = list(texts)
     random.Random(seed).shuffle(order)
     modules = {layer: base.layout.projection_of(base.model, layer) for layer in sorted(layers)}
@@ -78,7 +81,7 @@ def collect_moments(
         batch, mask = pad_rows(chunk, pad, "right", base.device)
         real = mask.bool()
         with trace_inputs(modules, partial(_take_real, real), stop=True) as found:
-            base.model.get_submodule(base.layout.body)(input_ids=batch, use_cache=False)
+            base.model.get_submodule(base.layout.body)(input_ids=batch, attention_mask=mask, use_cache=False)
         for layer, keys in found.items():
             gram = keys.T @ keys
             sums[layer] = sums[layer] + gram if layer in sums else gram

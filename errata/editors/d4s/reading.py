@@ -47,13 +47,13 @@ def read_base(base: Base, rows: Sequence[EditRows], layers: Sequence[int]) -> Re
             sites.append(len(edit.essence) - 1)
     every, at = torch.arange(split, device=base.device), torch.tensor(sites[:split], device=base.device)
     top = max(layers)
-    ids, _ = pad_rows(flat, find_pad(base.tokenizer), "right", base.device)
+    ids, mask = pad_rows(flat, find_pad(base.tokenizer), "right", base.device)
     projections = {layer: base.layout.projection_of(base.model, layer) for layer in layers}
     with (
         trace_inputs(projections, lambda inputs: inputs[every, at].float()) as found,
         capture_outputs({top: base.layout.block(base.model, top)}, stop=True) as outputs,
     ):
-        base.model.get_submodule(base.layout.body)(input_ids=ids, use_cache=False)
+        base.model.get_submodule(base.layout.body)(input_ids=ids, attention_mask=mask, use_cache=False)
     above = range(top + 1, base.layout.count_layers(base.model))
     suffix = cut_suffixes(base.model, base.layout, outputs[top], above, sites, [len(row) for row in flat])
     keys = {layer: _average_contexts(inputs.view(len(rows), count, -1)) for layer, inputs in found.items()}

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 
 import errata
 from errata.editors.artifacts import WeightDelta
-from errata.errors import BaseMismatchError, InputError, ModelError, ObjectCorruptError
+from errata.errors import BaseMismatchError, ModelError, ObjectCorruptError
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
 from registry.models import ModelRegistry
@@ -96,7 +97,7 @@ def test_every_answer_can_name_its_commit(champion: Any) -> None:
     ],
 )
 def test_impossible_requests(champion: Any, prompts: list[Any], params: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(MlflowException, match=message):
         champion.predict(prompts, params=params)
 
 
