@@ -11,6 +11,7 @@ from errata.profiles import Profile, SolveOptions
 from errata.settings import load_settings
 from errata.suggestions import BUILTIN_SUGGESTION
 from errata.world import World, make_world
+from tasks._session import quiet_transformers
 
 
 class MemoryBlobs:
@@ -30,6 +31,7 @@ class MemoryBlobs:
 
 def load_builtin() -> tuple[Base, D4S, World]:
     """The built-in base (trained once, then cached), D4S with its profile, and its world."""
+    quiet_transformers()
     with Progress(transient=True) as progress:
         task = progress.add_task("training the built-in base", total=None)
         folder = ensure_builtin(BUILTIN, load_settings().cache, lambda done, total, _: progress.update(task, completed=done, total=total))

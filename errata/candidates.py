@@ -55,11 +55,11 @@ def prepare_batch(
     """Pairs of a batch: those of an earlier, interrupted run are reused, the others are made and stored chunk by chunk.
 
     Args:
-        known: content id → pair stored by an earlier run.
-        remember: called with (digest of a stored pairs object, content id → loss of its rows, in order) right after each write.
+        known: name of an edit (`name_pair`) → pair stored by an earlier run.
+        remember: called with (digest of a stored pairs object, name → loss of its rows, in order) right after each write.
     """
-    refs = {edit.edit_id: known[edit.content_id].ref for edit in edits if edit.content_id in known}
-    losses = {edit.edit_id: known[edit.content_id].loss for edit in edits if edit.content_id in known}
+    refs = {edit.edit_id: known[name].ref for edit in edits if (name := name_pair(edit)) in known}
+    losses = {edit.edit_id: known[name].loss for edit in edits if (name := name_pair(edit)) in known}
     missing = [edit for edit in edits if edit.edit_id not in refs]
     refused: dict[str, str] = {}
     for start in range(0, len(missing), _CHUNK):
@@ -69,12 +69,17 @@ def prepare_batch(
         if prepared.pairs is None:
             continue
         stored = blobs.put(prepared.pairs.to_bytes())
-        contents = {edit.edit_id: edit.content_id for edit in chunk}
+        names = {edit.edit_id: name_pair(edit) for edit in chunk}
         rows = {owners[0]: row for row, owners in enumerate(prepared.pairs.owners)}
-        remember(stored, {contents[edit_id]: prepared.notes[edit_id].target_nll for edit_id in rows})
+        remember(stored, {names[edit_id]: prepared.notes[edit_id].target_nll for edit_id in rows})
         refs |= {edit_id: PairRef(pairs=stored, row=row) for edit_id, row in rows.items()}
         losses |= {edit_id: prepared.notes[edit_id].target_nll for edit_id in rows}
     return PreparedBatch(refs, losses, refused)
+
+
+def name_pair(edit: Edit) -> str:
+    """What makes an edit's pair its own: its content, and its id too, since a pair names its owner."""
+    return f"{edit.edit_id} {edit.content_id}"
 
 
 def _shift_progress(on_progress: Progress | None, done: int, total: int) -> Progress | None:

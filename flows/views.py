@@ -65,7 +65,7 @@ def build_status(facts: Facts) -> RenderableType:
 
 def build_log(rows: Sequence[Facts]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("commit", "kind", "time", "records", "effic.", "general.", "specif.", "retent.", "|W|"):
+    for name in ("commit", "kind", "time", "records", "effic.", "gener.", "specif.", "retent.", "|W|"):
         table.add_column(name, justify="left" if name in ("kind", "time", "records") else "right", no_wrap=name != "records")
     for row in rows:
         norms = [value for value in row["norms"].values() if value is not None]
@@ -150,28 +150,14 @@ def build_quarantine(rows: Sequence[Facts]) -> Table:
 def build_batches(rows: Sequence[Facts]) -> Table:
     """One line per batch of an apply run."""
     table = Table(box=None, pad_edge=False)
-    for name in (
-        "commit",
-        "decision",
-        "records",
-        "rounds",
-        "efficacy",
-        "greedy",
-        "general.",
-        "specific.",
-        "retention",
-        "mean |W|",
-        "seconds",
-    ):
-        table.add_column(name, justify="left" if name in ("decision", "records") else "right")
+    for name in ("commit", "outcome", "effic.", "greedy", "gener.", "specif.", "retent.", "|W|", "s"):
+        table.add_column(name, justify="left" if name == "outcome" else "right", no_wrap=name != "outcome")
     for row in rows:
         metrics = row["metrics"]
         ratios = [value for name, value in metrics.items() if name.endswith("mean_abs_ratio")]
         table.add_row(
-            str(row["commit"]) if row["commit"] is not None else "dry run",
-            paint(row["decision"]),
-            show_counts(row["outcomes"]) + (f", {row['deferred']} deferred" if row["deferred"] else ""),
-            str(row["rounds"]),
+            str(row["commit"]) if row["commit"] is not None else "none",
+            _describe_outcome(row),
             *(
                 show_share(metrics.get(name))
                 for name in ("efficacy", "greedy", "held_out.generalization", "held_out.specificity", "retention")
@@ -180,6 +166,12 @@ def build_batches(rows: Sequence[Facts]) -> Table:
             f"{sum(row['seconds'].values()):.1f}",
         )
     return table
+
+
+def _describe_outcome(row: Facts) -> str:
+    rounds = f" after {row['rounds']} rounds" if row["rounds"] > 1 else ""
+    deferred = f", {row['deferred']} deferred" if row["deferred"] else ""
+    return f"{paint(row['decision'])}{rounds}: {show_counts(row['outcomes'])}{deferred}"
 
 
 def build_answers(rows: Sequence[Facts]) -> Table:

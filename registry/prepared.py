@@ -16,7 +16,7 @@ Place = tuple[str, int, float]
 
 
 def remember_pairs(stream: Stream, prepare: str, pairs: str, losses: Mapping[str, float]) -> None:
-    """Note that rows 0, 1, … of the object `pairs` belong to the edits with these content ids, and how far each came.
+    """Note that rows 0, 1, … of the object `pairs` belong to the edits of these names, and how far each came.
 
     Args:
         prepare: digest of what the pairs depend on besides the edit: base and prepare options.
@@ -26,14 +26,14 @@ def remember_pairs(stream: Stream, prepare: str, pairs: str, losses: Mapping[str
 
 
 def recall_pairs(stream: Stream, prepare: str) -> dict[str, Place]:
-    """Content id → where its pair lies."""
+    """Name of an edit → where its pair lies."""
     found: dict[str, Place] = {}
     prefix = stream.key(f"prepared/{prepare}/")
     for entry in stream.storage.list(prefix):
         pairs = entry.key.removeprefix(prefix).removesuffix(".json")
         if stream.objects.exists(pairs):
             rows = json.loads(stream.storage.read(entry.key))
-            found |= {content: (pairs, row, loss) for row, (content, loss) in enumerate(rows)}
+            found |= {name: (pairs, row, loss) for row, (name, loss) in enumerate(rows)}
     return found
 
 

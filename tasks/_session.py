@@ -50,6 +50,12 @@ def load_model(settings: Settings, stream: Stream) -> Model:
     return Model(ref, folder, base, profile, make_editor(head.editors[0], profile, moments, base.layout))
 
 
+def quiet_transformers() -> None:
+    """No bars for weights that load in a blink, and no advice on attention masks: rows padded on the right need none."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 def read_manifest(stream: Stream, digest: str) -> Manifest:
     return Manifest.from_bytes(stream.objects.get(digest))
 
@@ -57,5 +63,5 @@ def read_manifest(stream: Stream, digest: str) -> Manifest:
 @lru_cache(maxsize=1)
 def _hold_base(source: str, revision: str | None, device: str, digest: str) -> Base:
     # Safe to share between stages: a base is frozen, and artifacts are attached for the length of a block only.
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     return load_base(source, revision=revision, device=device, expect=digest)

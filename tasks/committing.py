@@ -21,7 +21,7 @@ from errata.settings import Settings
 from errata.summary import BatchSummary
 from registry.commit import commit
 from registry.events import BatchRow, Commit, EditsCommit, FileUse, Outcome, RejectionCommit
-from registry.fold import EditRow, Head, join_lines
+from registry.fold import EditRow, join_lines
 from registry.orders import Order
 from registry.prepared import forget_pairs
 from registry.stream import Stream

@@ -25,9 +25,7 @@ def prepare_pairs(stream: str, order: str) -> Prepared:
         return Prepared(record=opened.objects.put(canonical_json(PreparedRecord(refs={}, diagnoses={}, refused={}))), ready=(), seconds=0)
     model = load_model(settings, opened)
     scope = digest_preparation(model)
-    known = {
-        content: StoredPair(PairRef(pairs=pairs, row=row), loss) for content, (pairs, row, loss) in recall_pairs(opened, scope).items()
-    }
+    known = {name: StoredPair(PairRef(pairs=pairs, row=row), loss) for name, (pairs, row, loss) in recall_pairs(opened, scope).items()}
     begun = time.perf_counter()
     with show_progress("optimising targets") as on_progress:
         made = prepare_batch(

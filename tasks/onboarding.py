@@ -7,7 +7,6 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers.utils import logging as transformers_logging
 
 from errata.builtin import BUILTIN, ensure_builtin
 from errata.candidates import start_manifest
@@ -25,6 +24,7 @@ from registry.shared import BaseRef, put_base, put_moments, put_profile
 from registry.storage.base import check_create_if_absent, open_storage
 from registry.stream import Stream, create_stream
 from tasks._progress import show_progress
+from tasks._session import quiet_transformers
 from tasks.committing import describe_writer
 
 BUILTIN_NAME = "builtin"
@@ -89,7 +89,7 @@ def start_stream(
 
 def find_base(settings: Settings, source: str, revision: str | None) -> Source:
     """Load the base a user named; the built-in one is trained if the cache has none."""
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     if source == BUILTIN_NAME:
         with show_progress("training the built-in base") as on_progress:
             folder = ensure_builtin(BUILTIN, settings.cache, lambda done, total, _: on_progress(done, total))

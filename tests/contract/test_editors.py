@@ -83,8 +83,8 @@ def solve(editor: Editor[Any], state: Any) -> WeightDelta:
 def distance(found: WeightDelta, expected: WeightDelta) -> float:
     """Largest relative distance over the weights."""
     assert found.deltas.keys() == expected.deltas.keys()
-    gaps = [(delta.double() - expected.deltas[name].double()).norm() / expected.deltas[name].double().norm() for name, delta in found.deltas.items()]
-    return float(max(gaps))
+    pairs = [(delta.double(), expected.deltas[name].double()) for name, delta in found.deltas.items()]
+    return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
 
 
 def copy_weights(base: Base) -> dict[str, bytes]:

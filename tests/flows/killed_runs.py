@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,14 @@ def fork(job: Callable[[], None]) -> int:
     """Run a job in a process of its own; its exit status, negative for a signal."""
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             job()
-            sys.stdout.flush()
-            os._exit(0)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
+            status = 0
+        except Exception:  # noqa: BLE001  whatever it is, it must not unwind into the parent's loop
+            traceback.print_exc()
+        finally:
+            os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -1,6 +1,5 @@
 """The main line as a user sees it: files in the inbox become commits, model versions and answers."""
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +112,8 @@ def test_a_replaced_edit_is_subtracted(desk: Any, make_edit: Make, ask: Callable
 def test_there_and_back_are_three_occurrences(desk: Any, make_edit: Make, ask: Callable[[Edit], str]) -> None:
     there, back = make_edit(0), make_edit(0, answer=1)
     desk.submit("all", there, back, there)
-    assert [summary.outcomes for summary in _apply_one_by_one(desk)] == [{"live": 1}, {"live": 1, "replaced": 1}, {"live": 1, "replaced": 1}]
+    replaced = {"live": 1, "replaced": 1}
+    assert [summary.outcomes for summary in _apply_one_by_one(desk)] == [{"live": 1}, replaced, replaced]
     names = [f"{there.edit_id}@1", f"{back.edit_id}@2", f"{there.edit_id}@3"]
     assert desk.statuses() == dict(zip(names, ["replaced", "replaced", "live"], strict=True))
     assert desk.read_manifest(3).artifacts == desk.read_manifest(1).artifacts != desk.read_manifest(2).artifacts
@@ -202,8 +202,8 @@ def test_a_fault_of_the_batch_is_halved_until_it_is_found(
     assert list(desk.live()) == [edit.edit_id for edit in edits[:4]]
     assert desk.waiting() == []
     assert sorted(desk.versions()) == [1, 2]
-    consumed = Counter(line for seq in range(1, 5) for use in desk.open().log.read(seq).files for first, last in use.lines for line in range(first, last + 1))
-    assert consumed == Counter(range(1, 7))
+    runs = [run for seq in range(1, 5) for use in desk.open().log.read(seq).files for run in use.lines]
+    assert sorted(line for first, last in runs for line in range(first, last + 1)) == [1, 2, 3, 4, 5, 6]
     assert prepared == [edit.edit_id for edit in edits], "pairs of deferred edits are kept for their batch"
 
 

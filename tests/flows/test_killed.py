@@ -43,8 +43,9 @@ def places(
     tmp_path_factory: pytest.TempPathFactory, empty_root: Path, make_edit: Callable[..., Edit], second: list[Edit], gate: dict[str, str]
 ) -> Path:
     work = tmp_path_factory.mktemp("killed")
-    lines = ["".join(edit.model_dump_json(exclude_none=True) + "\n" for edit in edits) for edits in ([make_edit(i) for i in range(3)], second)]
-    given = {"root": str(empty_root), "work": str(work), "first": lines[0], "second": lines[1]}
+    batches = {"first": [make_edit(person) for person in range(3)], "second": second}
+    lines = {name: "".join(edit.model_dump_json(exclude_none=True) + "\n" for edit in edits) for name, edits in batches.items()}
+    given = {"root": str(empty_root), "work": str(work), **lines}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_") and name != "MLFLOW_TRACKING_URI"}
     variables = {**clean, **gate, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(SCRIPT.parents[2])}
     run = subprocess.run([sys.executable, SCRIPT], input=json.dumps(given), env=variables, cwd=work, capture_output=True, text=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from errata.candidates import StoredPair, build_candidate, load_artifacts, load_state, prepare_batch, read_pairs, start_manifest
+from errata.candidates import StoredPair, build_candidate, load_artifacts, load_state, name_pair, prepare_batch, read_pairs, start_manifest
 from errata.editors.catalogue import make_editor
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments, collect_moments
@@ -199,8 +199,8 @@ def test_progress_counts_the_whole_batch(editor: Any, editable: Base, edits: lis
 
 def remember_in(notes: dict[str, StoredPair]) -> Callable[[str, Mapping[str, float]], None]:
     def remember(pairs: str, losses: Mapping[str, float]) -> None:
-        for row, (content, loss) in enumerate(losses.items()):
-            notes[content] = StoredPair(PairRef(pairs=pairs, row=row), loss)
+        for row, (name, loss) in enumerate(losses.items()):
+            notes[name] = StoredPair(PairRef(pairs=pairs, row=row), loss)
 
     return remember
 
@@ -226,7 +226,7 @@ def test_a_retry_takes_up_what_was_stored(editor: Any, editable: Base, edits: li
     failing.prepare = prepare_once  # type: ignore[method-assign]
     with pytest.raises(OSError, match="no "):
         prepare_batch(blobs, failing, editable, edits, {}, remember_once)
-    assert notes.keys() == {edit.content_id for edit in edits[:CHUNK]}
+    assert notes.keys() == {name_pair(edit) for edit in edits[:CHUNK]}
     counting.prepared.clear()
     retried = prepare_batch(blobs, counting, editable, edits, notes, remember)
     assert counting.prepared == [edit.edit_id for edit in edits[CHUNK:]]
@@ -238,13 +238,24 @@ def test_a_retry_takes_up_what_was_stored(editor: Any, editable: Base, edits: li
     assert counting.prepared == []
 
 
+def test_a_pair_is_used_again_by_its_owner_only(editor: Any, editable: Base, edits: list[Edit]) -> None:
+    """The same fact under another id gets a pair of its own: pairs say whose they are."""
+    blobs, notes, counting = Blobs(), dict[str, StoredPair](), Counting(editor)
+    prepare_batch(blobs, counting, editable, edits[:1], notes, remember_in(notes))
+    renamed = edits[0].model_copy(update={"id": "renamed"})
+    batch = prepare_batch(blobs, counting, editable, [renamed], notes, remember_in(notes))
+    assert counting.prepared == [edits[0].edit_id, "renamed"]
+    pairs = read_pairs(blobs, [batch.refs["renamed"]])
+    assert pairs is not None and pairs.owners == (("renamed",),)
+
+
 def test_refused_edits_have_no_pair_and_stop_nobody(editor: Any, editable: Base, edits: list[Edit]) -> None:
     blobs, notes = Blobs(), dict[str, StoredPair]()
     long = edits[0].model_copy(update={"id": "long", "prompt": "very " * 80 + "long home of {}"})
     batch = prepare_batch(blobs, editor, editable, [edits[1], long, edits[2]], {}, remember_in(notes))
     assert batch.refs.keys() == batch.losses.keys() == {edits[1].edit_id, edits[2].edit_id}
     assert batch.refused.keys() == {"long"}
-    assert notes.keys() == {edits[1].content_id, edits[2].content_id}
+    assert notes.keys() == {name_pair(edits[1]), name_pair(edits[2])}
     alone = prepare_batch(blobs, editor, editable, [long], {}, remember_in(notes))
     assert not alone.refs and alone.refused.keys() == {"long"}
 
