@@ -1,6 +1,6 @@
 """Whether a batch costs more the longer a stream has lived: CPU-seconds per stage of 100 batches on the built-in base.
 
-    python -m benchmarks.growth [--batches 100] [--batch 10]
+    python -m benchmarks.growth [--batches 100] [--batch 7]
 
 Compares the median of the last eleven batches with that of batches 2 to 12, in one run, through the code a stream uses (local storage,
 no Prefect, no MLflow). The retention sample, the one thing that grows until it is full, is held at 20 edits so that it is full from
@@ -43,7 +43,7 @@ out = Console(width=110)
 
 def run(
     batches: Annotated[int, typer.Option(min=30, help="Batches of the stream.")] = 100,
-    batch: Annotated[int, typer.Option(min=1, help="Edits per batch.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Edits per batch.")] = 7,
 ) -> None:
     out.print(f"[dim]{CAVEAT}[/]")
     with tempfile.TemporaryDirectory() as root:
