@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from errata.edits import canonical_json, digest_of
 from errata.report import EditRow, Mean, Report
 from errata.settings import GateSettings
 
@@ -106,6 +107,15 @@ def settle(decisions: Sequence[Decision]) -> dict[str, Settled]:
     else:
         settled.update({name: Settled(outcome="rejected", reason=" ".join(last.reasons)) for name in last.rest})
     return settled
+
+
+def digest_judgement(settings: GateSettings, profile: str) -> str:
+    """What edits are judged under: a quarantined edit comes again by itself once this changes.
+
+    Args:
+        profile: digest of the stream's profile.
+    """
+    return digest_of(canonical_json({"gate": settings.model_dump(mode="json"), "profile": profile}))[:16]
 
 
 def find_edit_faults(report: Report, settings: GateSettings) -> tuple[EditFault, ...]:

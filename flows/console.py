@@ -115,7 +115,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Validate edits and leave the good ones in the stream's inbox. Bad records are refused one by one; the file is left as it is."""
-    records = read_sources(files or [], prompt, subject, target)
+    records = (insist(record, again, force) for record in read_sources(files or [], prompt, subject, target))
     if check:
         check_records(records, stream, as_json)
         return
@@ -125,7 +125,7 @@ def submit(
         if isinstance(record, Refusal):
             refused.append(record)
         else:
-            lines.append(spell_submission(record, again, force))
+            lines.append(spell_submission(record))
     name = drop_lines(opened, lines) if lines else None
     if as_json:
         print_json({"stream": opened.name, "submitted": len(lines), "file": name, "refused": [item.model_dump() for item in refused]})
@@ -158,11 +158,17 @@ def read_sources(files: Sequence[str], prompt: str | None, subject: str | None, 
     return chain.from_iterable(read_edits(sys.stdin.buffer, "stdin") if name == "-" else read_edits(name) for name in files)
 
 
-def spell_submission(record: Submission, again: bool = False, force: bool = False) -> bytes:
+def insist(record: Submission | Refusal, again: bool, force: bool) -> Submission | Refusal:
+    """The record with what the command line asks for besides what it asks for itself."""
+    if isinstance(record, Refusal):
+        return record
+    return record.model_copy(update={"again": record.again or again, "force": record.force or force})
+
+
+def spell_submission(record: Submission) -> bytes:
     """A submission as a line of an inbox file."""
     line = record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True) | {"origin": record.origin}
-    flags = {"again": record.again or again, "force": record.force or force}
-    return canonical_json(line | {name: True for name, value in flags.items() if value})
+    return canonical_json(line | {name: True for name in ("again", "force") if getattr(record, name)})
 
 
 def drop_lines(stream: Stream, lines: Sequence[bytes]) -> str:
@@ -174,11 +180,12 @@ def drop_lines(stream: Stream, lines: Sequence[bytes]) -> str:
 def check_records(records: Any, name: str | None, as_json: bool) -> None:
     """`submit --check`: against the stream where there is one."""
     from errata.errors import UnknownNameError
+    from errata.gate import digest_judgement
     from errata.readers.report import check_edits
 
     try:
-        _, opened = open_here(name)
-        report = check_edits(records, opened.index)
+        settings, opened = open_here(name)
+        report = check_edits(records, opened.index, digest_judgement(settings.gate, opened.head.profile))
     except UnknownNameError:
         if name is not None:
             raise
@@ -287,8 +294,8 @@ def retry(edits: Chosen = None, every: Every = False, stream: StreamName = None)
     """Put quarantined edits into the inbox once more."""
     _, opened = open_here(stream)
     rows = lookup.choose_quarantined(opened, edits or [], every)
-    records = [Submission(edit=opened.read_record(row).edit, origin=row.origin) for row in rows]
-    name = drop_lines(opened, [spell_submission(record, again=True) for record in records])
+    records = [Submission(edit=opened.read_record(row).edit, origin=row.origin, again=True) for row in rows]
+    name = drop_lines(opened, [spell_submission(record) for record in records])
     out.print(f"{len(rows)} edits are in inbox/{name}; [bold]errata apply[/] tries them again")
 
 
@@ -334,7 +341,7 @@ def repair(stream: StreamName = None) -> None:
     ready_prefect(settings)
     from tasks.projecting import show_log
 
-    version, made = show_log(settings, opened)
+    version, made = show_log(settings, opened, everything=True)
     shown = f"version {version} (commit {opened.head.champion})" if version else "nothing yet: no batch has been accepted"
     out.print(f"{made} versions made; [bold]{opened.name}@champion[/] is {shown}; {lookup.count_pending(opened)} records wait")
 

@@ -102,6 +102,7 @@ def describe_edit(stream: Stream, row: EditRow) -> Facts:
         {"occurrence": item.occurrence, "status": item.status, "by": item.by, "reason": item.reason, "commit": item.seq}
         for item in stream.index.find_occurrences(row.id)
     ]
+    beside = [item.occurrence for item in stream.index.find_subject(record.edit.subject) if item.occurrence != row.occurrence]
     return {
         "id": row.id,
         "occurrence": row.occurrence,
@@ -109,6 +110,7 @@ def describe_edit(stream: Stream, row: EditRow) -> Facts:
         "origin": row.origin,
         "edit": record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
         "measured": _find_measurement(stream, row),
+        "same_subject": beside,
         "history": history,
     }
 

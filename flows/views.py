@@ -117,6 +117,7 @@ def build_edit(facts: Facts) -> RenderableType:
         ("edit", f"[bold]{escape(facts['occurrence'])}[/] {paint(facts['status'])}"),
         ("says", escape(f"{edit['prompt'].replace('{}', edit['subject'])} → {edit['target_new']}")),
         ("from", escape(facts["origin"]) or "–"),
+        ("same subject", escape(", ".join(facts["same_subject"])) or "no other live edit"),
     ]
     if measured:
         held = measured["held_out"]

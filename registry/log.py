@@ -70,27 +70,6 @@ class CommitLog:
             raise ObjectCorruptError(f"{self._where(seq + 1)}: expected parent {digest or 'none'}, found {commit.parent or 'none'}")
         return commit, digest_of(data)
 
-    def find_head(self, hint: int = -1) -> int:
-        """Number of the newest commit, -1 for none. Found by looking, never by a listing, which may be late.
-
-        Commits are never removed, so the numbers that exist are 0 to the head: strides that double, then halve, find it.
-
-        Args:
-            hint: a commit that probably exists.
-        """
-        known = hint if hint >= 0 and self._has(hint) else -1
-        stride = 1
-        while self._has(known + stride):
-            known, stride = known + stride, stride * 2
-        while stride > 1:
-            stride //= 2
-            if self._has(known + stride):
-                known += stride
-        return known
-
-    def _has(self, seq: int) -> bool:
-        return self._storage.exists(self._key(seq))
-
     def _parse(self, seq: int, data: bytes) -> Commit:
         commit = read_commit(data, self._where(seq))
         if commit.seq != seq:

@@ -27,7 +27,7 @@ from errata.editors.artifacts import load_artifact
 from errata.errors import BaseMismatchError, FormatError, InputError, ModelError, ObjectCorruptError
 from errata.modeling.loading import Base, load_base
 from errata.modeling.patch import attach
-from errata.modeling.tokens import encode_prompt, find_pad, pad_rows
+from errata.modeling.tokens import encode_prompt, find_ends, find_pad, pad_rows
 
 _BATCH_ROWS = 32
 
@@ -165,13 +165,9 @@ def _share(base: Base) -> Base:
     shared.update((id(buffer), buffer) for buffer in base.model.buffers())
     model = copy.deepcopy(base.model, shared)
     # A base's own generation defaults (sampling, penalties) would mix into what a request asks for.
-    ends = {base.tokenizer.eos_token_id, *_as_list(getattr(base.model.generation_config, "eos_token_id", None))} - {None}
-    model.generation_config = GenerationConfig(pad_token_id=find_pad(base.tokenizer), eos_token_id=sorted(ends) or None)
+    ends = sorted(find_ends(base.tokenizer, base.model))
+    model.generation_config = GenerationConfig(pad_token_id=find_pad(base.tokenizer), eos_token_id=ends or None)
     return replace(base, model=model)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _read_prompts(model_input: Any) -> list[str]:

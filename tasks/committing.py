@@ -118,7 +118,7 @@ def draft_commit(
     deferred = {edit_id for edit_id, fate in fates.items() if fate.outcome == "deferred"}
     planned = [item for item in order.additions if item.row.edit.edit_id not in deferred]
     rows = sorted([*order.rows, *(item.row for item in planned)], key=lambda row: row.position)
-    outcomes = [*order.settled]
+    outcomes = [_forget_deferred(outcome, deferred) for outcome in order.settled]
     for item in planned:
         outcomes += _conclude(item.row, item.replaces, fates[item.row.edit.edit_id], record.refs, order.under)
     outcomes = _move_once(outcomes)
@@ -141,6 +141,13 @@ def draft_commit(
         pairs = tuple(dict.fromkeys(record.refs[edit_id].pairs for edit_id in accepted))
         return EditsCommit(manifest=last.manifest, pairs=pairs, promoted=settings.policy.promote == "auto", **fields), outcomes
     return RejectionCommit(manifest=order.manifest, **fields), outcomes
+
+
+def _forget_deferred(outcome: Outcome, deferred: set[str]) -> Outcome:
+    """A record superseded by one that waits for the next batch cannot name its occurrence, which does not exist yet."""
+    if outcome.outcome == "superseded" and (outcome.by or "").rpartition("@")[0] in deferred:
+        return outcome.model_copy(update={"by": None, "reason": "a later edit, which waits for the next batch, takes its place"})
+    return outcome
 
 
 def _conclude(row: BatchRow, replaces: Sequence[str], fate: Settled, refs: dict[str, PairRef], under: str) -> Iterator[Outcome]:

@@ -4,11 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from errata.batching import Arrival, Proposal, Settled, propose_batch
-from errata.edits import Refusal, Submission, canonical_json, digest_of
+from errata.edits import Refusal, Submission
+from errata.gate import digest_judgement
 from errata.intake import Intake
-from errata.settings import Settings
 from registry.events import BatchRow, FileUse, Outcome
-from registry.fold import Head, join_lines
+from registry.fold import join_lines
 from registry.inbox import read_waiting
 from registry.orders import Order, Planned
 from registry.stream import Stream
@@ -21,20 +21,16 @@ def order_batch(stream: str) -> str | None:
     """The next batch as a stored order; None when nothing waits."""
     settings, opened = open_named(stream)
     intake = Intake(read_waiting(opened))
-    proposal = propose_batch(intake.read(), opened.index, settings.apply.batch_size, digest_judgement(settings, opened.head))
+    under = digest_judgement(settings.gate, opened.head.profile)
+    proposal = propose_batch(intake.read(), opened.index, settings.apply.batch_size, under)
     if not proposal.considered:
         return None
-    return write_order(opened, settings, proposal, intake).store(opened.objects)
+    return write_order(opened, under, proposal, intake).store(opened.objects)
 
 
-def digest_judgement(settings: Settings, head: Head) -> str:
-    """What edits are judged under: a quarantined edit comes again by itself once this changes."""
-    return digest_of(canonical_json({"gate": settings.gate.model_dump(mode="json"), "profile": head.profile}))[:16]
-
-
-def write_order(stream: Stream, settings: Settings, proposal: Proposal, intake: Intake) -> Order:
-    """The proposal in the terms of the log."""
-    head, under = stream.head, digest_judgement(settings, stream.head)
+def write_order(stream: Stream, under: str, proposal: Proposal, intake: Intake) -> Order:
+    """The proposal in the terms of the log; `under` is what it will be judged under."""
+    head = stream.head
     rows = {position: _build_row(position, arrival, head.seq + 1) for position, arrival in enumerate(proposal.considered)}
     occurrences = {position: row.occurrence for position, row in rows.items() if row}
     planned = []

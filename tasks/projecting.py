@@ -39,8 +39,11 @@ def project_versions(stream: str) -> int | None:
     return show_log(*open_named(stream))[0]
 
 
-def show_log(settings: Settings, stream: Stream) -> tuple[int | None, int]:
+def show_log(settings: Settings, stream: Stream, *, everything: bool = False) -> tuple[int | None, int]:
     """Make MLflow show the log: a version per accepted commit, the alias on the champion's. Safe to repeat.
+
+    Args:
+        everything: look for missing versions in the whole log, not only after the newest version.
 
     Returns:
         Number of the champion's version, None while no commit has been accepted; and how many versions were made.
@@ -50,39 +53,42 @@ def show_log(settings: Settings, stream: Stream) -> tuple[int | None, int]:
     """
     if stream.head.champion == 0:
         return None, 0
-    registry = open_registry(settings)
-    unshown = find_unshown(stream, registry)
-    model = load_model(settings, stream)
-    for commit in unshown:
-        with tempfile.TemporaryDirectory(prefix="errata-") as work:
-            registry.project(build_release(stream, model, commit, Path(work)))
+    registry, model, made = open_registry(settings), load_model(settings, stream), 0
     while True:
         champion = stream.head.champion
+        for commit in find_unshown(stream, registry, everything):
+            with tempfile.TemporaryDirectory(prefix="errata-") as work:
+                registry.project(build_release(stream, model, commit, Path(work)))
+            made += 1
         version = registry.find_version(stream.name, champion)
         if version is None:
-            raise RegistryError(f"MLflow at {registry.tracking_uri}: expected a version for commit {champion} after showing it, found none")
+            raise RegistryError(
+                f"MLflow at {registry.tracking_uri}: expected a version of {stream.name!r} for commit {champion}, found none; "
+                "was it deleted? `errata repair` makes it again"
+            )
         shown = registry.champion(stream.name)
         if shown is None or shown.number != version.number:
             verify_version(stream, model, registry, version)
             registry.point_alias(version)
         # MLflow has no compare-and-swap: whoever committed meanwhile must not find an older champion behind theirs.
         if stream.refresh().champion == champion:
-            return version.number, len(unshown)
+            return version.number, made
 
 
 def open_registry(settings: Settings) -> ModelRegistry:
     return ModelRegistry(*resolve_tracking(settings.mlflow.tracking_uri, settings.root))
 
 
-def find_unshown(stream: Stream, registry: ModelRegistry) -> list[EditsCommit]:
-    """Accepted commits that came after the newest one MLflow shows, oldest first."""
-    newest = registry.find_newest(stream.name)
-    found = []
-    for seq in range(newest.commit + 1 if newest else 1, stream.head.seq + 1):
-        commit = stream.log.read(seq)
-        if isinstance(commit, EditsCommit):
-            found.append(commit)
-    return found
+def find_unshown(stream: Stream, registry: ModelRegistry, everything: bool) -> list[EditsCommit]:
+    """Accepted commits without a version, oldest first: those after the newest version, or with `everything` wherever they are."""
+    if everything:
+        shown = {version.commit for version in registry.list_versions(stream.name)}
+        candidates = [seq for seq in range(1, stream.head.seq + 1) if seq not in shown]
+    else:
+        newest = registry.find_newest(stream.name)
+        candidates = list(range(newest.commit + 1 if newest else 1, stream.head.seq + 1))
+    commits = map(stream.log.read, candidates)
+    return [commit for commit in commits if isinstance(commit, EditsCommit)]
 
 
 def build_release(stream: Stream, model: Model, commit: EditsCommit, work: Path) -> Release:

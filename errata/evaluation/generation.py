@@ -11,7 +11,7 @@ import torch
 
 from errata.evaluation.scoring import Progress, split_by_tokens
 from errata.modeling.loading import Base
-from errata.modeling.tokens import encode_prompt, find_pad, pad_rows
+from errata.modeling.tokens import encode_prompt, find_ends, find_pad, pad_rows
 
 _SENTENCE_END = re.compile(r"""(\S+?)[.!?]+["'”’)\]]*(?=\s)""")
 _ABBREVIATIONS = frozenset(["st", "mr", "mrs", "ms", "dr", "jr", "sr", "mt", "vs", "prof", "gen", "col"])
@@ -76,7 +76,7 @@ def _normalise(text: str) -> str:
 def _continue_rows(base: Base, rows: Sequence[list[int]], max_new_tokens: int) -> list[str]:
     """The rows' answers. Runs until each row has stopped; a stopped row is carried along and ignored."""
     body, head = base.model.get_submodule(base.layout.body), base.model.get_submodule(base.layout.head)
-    ends = _find_end_tokens(base)
+    ends = find_ends(base.tokenizer, base.model)
     tokens, mask = pad_rows(rows, find_pad(base.tokenizer), "left", base.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = None
@@ -105,11 +105,3 @@ def _decode(base: Base, ids: list[int]) -> str:
     text = base.tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)  # a list of texts comes back for a list of rows only
     return text
-
-
-def _find_end_tokens(base: Base) -> set[int]:
-    """Every id that ends a text: the tokenizer's and those of the model's generation config (Llama 3 has several)."""
-    ends: set[int] = set()
-    for source in (base.tokenizer.eos_token_id, getattr(base.model.generation_config, "eos_token_id", None)):
-        ends.update(source if isinstance(source, list | tuple) else [source] if isinstance(source, int) else [])
-    return ends

@@ -11,8 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from errata.errors import BaseMismatchError, ModelError
 from errata.modeling.layout import ModelLayout, find_layout
 
-_BEHAVIOUR = ("model_type", "num_attention_heads", "num_key_value_heads", "n_head", "activation_function", "hidden_act")
+_BEHAVIOUR = (
+    *("model_type", "num_attention_heads", "num_key_value_heads", "n_head", "activation_function", "hidden_act"),
+    *("layer_norm_epsilon", "rms_norm_eps"),
+)
 """Config entries that change what equal weights compute and that keep one spelling across transformers versions."""
+_SAMPLE = "The quick brown fox, 1984: Zoë's naïve café isn't far.\n東京"
+"""Read by the tokenizer into the digest: what it puts in front and how it splits is behaviour that a vocabulary does not show."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,13 @@ def hold_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, exp
     model.requires_grad_(False)
     digest = digest_model(model, tokenizer)
     if expect is not None and digest != expect:
-        raise BaseMismatchError(f"expected the base {expect[:12]}, found {digest[:12]}: other weights or another vocabulary")
+        raise BaseMismatchError(f"expected the base {expect[:12]}, found {digest[:12]}: other weights or another tokenizer")
     return Base(model, tokenizer, layout, digest)
 
 
 def digest_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over every parameter (name, dtype, shape, bytes), the vocabulary, and the config entries of `_BEHAVIOUR`.
+    """sha256 over every parameter (name, dtype, shape, bytes), the tokenizer (vocabulary, and how it reads a sample), the rotary
+    frequencies where there are any (to six digits), and the config entries of `_BEHAVIOUR`.
 
     Other config entries are left out on purpose: their defaults and spellings change between transformers releases, and an upgrade
     must not make a base a stranger to its own streams.
@@ -101,6 +107,9 @@ def digest_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     config = model.config.to_dict()
     digest.update(json.dumps({key: config[key] for key in _BEHAVIOUR if key in config}, sort_keys=True, default=str).encode())
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])).encode())
+    digest.update(json.dumps(tokenizer(_SAMPLE).input_ids).encode())
+    frequencies = {name: buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq")}
+    digest.update(json.dumps({name: [f"{value:.6g}" for value in buffer.tolist()] for name, buffer in frequencies.items()}).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
         digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)

@@ -1,10 +1,10 @@
-"""Text to token ids: prompts, targets, the subject's last token, padding. The leading-space rule lives here and nowhere else."""
+"""Text to token ids: prompts, targets, the subject's last token, padding, ends. The leading-space rule lives here and nowhere else."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errata.errors import TokenizationError
 
@@ -85,3 +85,11 @@ def find_pad(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(token, int):
             return token
     return 0
+
+
+def find_ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:
+    """Every id that ends a text: the tokenizer's and those of the model's generation config (Llama 3 has several)."""
+    ends: set[int] = set()
+    for source in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        ends.update(source if isinstance(source, list | tuple) else [source] if isinstance(source, int) else [])
+    return ends

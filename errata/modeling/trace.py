@@ -1,11 +1,12 @@
 """Reading what flows through modules. Hooks are removed whatever happens inside the block."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Capture = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,24 +27,13 @@ def trace_inputs(modules: Mapping[Any, nn.Module], capture: Capture, *, stop: bo
     Yields:
         key → captured tensor, filled while the body runs a forward pass.
     """
-    found: dict[Any, torch.Tensor] = {}
+    found = _Found(len(modules) if stop else None)
 
     def hook_for(key: Any) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            found[key] = capture(args[0])
-            if stop and len(found) == len(modules):
-                raise _EarlyExit
+        return lambda _module, args: found.take(key, capture(args[0]))
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(hook_for(key)) for key, module in modules.items()]
-    try:
+    with _hooked([module.register_forward_pre_hook(hook_for(key)) for key, module in modules.items()]):
         yield found
-    except _EarlyExit:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -53,24 +43,13 @@ def capture_outputs(modules: Mapping[Any, nn.Module], *, stop: bool = False) -> 
     Args:
         stop: as in `trace_inputs`.
     """
-    found: dict[Any, torch.Tensor] = {}
+    found = _Found(len(modules) if stop else None)
 
     def hook_for(key: Any) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            found[key] = output[0] if isinstance(output, tuple) else output
-            if stop and len(found) == len(modules):
-                raise _EarlyExit
+        return lambda _module, _args, output: found.take(key, output[0] if isinstance(output, tuple) else output)
 
-        return hook
-
-    handles = [module.register_forward_hook(hook_for(key)) for key, module in modules.items()]
-    try:
+    with _hooked([module.register_forward_hook(hook_for(key)) for key, module in modules.items()]):
         yield found
-    except _EarlyExit:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -82,11 +61,8 @@ def change_output(module: nn.Module, change: Capture) -> Iterator[None]:
             return (change(output[0]), *output[1:])
         return change(output)
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with _hooked([module.register_forward_hook(hook)]):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -108,9 +84,29 @@ def run_at(module: nn.Module, places: torch.Tensor) -> Iterator[None]:
         whole = output.new_zeros(shape[0] * shape[1], output.shape[-1])
         return whole.index_copy(0, places, output).view(*shape[:2], -1)
 
-    handles = [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
+    with _hooked([module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]):
+        yield
+
+
+class _Found(dict[Any, torch.Tensor]):
+    """Tensors by key; taking the last of `wanted` ends the forward pass."""
+
+    def __init__(self, wanted: int | None) -> None:
+        super().__init__()
+        self._wanted = wanted
+
+    def take(self, key: Any, tensor: torch.Tensor) -> None:
+        self[key] = tensor
+        if len(self) == self._wanted:
+            raise _EarlyExit
+
+
+@contextmanager
+def _hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     try:
         yield
+    except _EarlyExit:
+        pass
     finally:
         for handle in handles:
             handle.remove()

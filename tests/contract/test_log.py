@@ -12,6 +12,7 @@ from errata.errors import ConflictError, FormatError, KeyMissingError, ObjectCor
 from registry.events import Commit, InitCommit, RejectionCommit, write_commit
 from registry.log import CommitLog
 from registry.storage.base import Entry, Storage
+from registry.stream import Stream, create_stream
 
 COMMON: dict[str, Any] = {"host": "here", "versions": {"errata": "0.1.0"}, "time": datetime(2026, 11, 1, tzinfo=UTC), "manifest": "d" * 64}
 
@@ -82,11 +83,19 @@ class _Late:
         return iter(())
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 8, 9, 20])
-def test_the_head_is_found_by_looking(storage: Storage, length: int) -> None:
-    append_chain(CommitLog(storage, "commits"), length)
-    log = CommitLog(_Late(storage), "commits")  # type: ignore[arg-type]
-    assert {log.find_head(hint) for hint in (-1, 0, length // 2, length - 1, length + 5)} == {length - 1}
+def test_the_head_is_found_whatever_a_listing_shows(storage: Storage) -> None:
+    stream = create_stream(storage, "main", commit_after(None), {"format": 1})
+    nothing = stream.objects.put_rows([])
+    for seq in range(12):
+        stream.log.append(commit_after(stream.log.read(seq)).model_copy(update={"outcomes": nothing}))
+        if seq == 5:
+            stream.refresh()
+            checkpoint = stream.checkpoints.write(stream.index)
+    newest = (12, digest_of(stream.log.read_bytes(12)))
+    with_checkpoint, late = Stream(storage, "main", None).head, Stream(_Late(storage), "main", None).head  # type: ignore[arg-type]
+    storage.delete(f"streams/main/checkpoints/{checkpoint.seq:08d}.json")
+    without = Stream(storage, "main", None).head
+    assert {(head.seq, head.digest) for head in (with_checkpoint, late, without, stream.refresh())} == {newest}
 
 
 def test_a_broken_chain_is_noticed(storage: Storage) -> None:

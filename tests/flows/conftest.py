@@ -1,5 +1,6 @@
 """The whole flow on a real Prefect server and a real MLflow, with a base of a hundred thousand parameters."""
 
+import io
 import json
 import os
 import shutil
@@ -77,6 +78,19 @@ class Desk:
 
     def open_registry(self) -> ModelRegistry:
         return ModelRegistry(*resolve_tracking(None, str(self.root)))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
 
 
 def write_lines(*rows: Edit | dict[str, Any] | str) -> bytes:
@@ -165,6 +179,67 @@ def desk(empty_root: Path, gate: dict[str, str], tmp_path: Path, monkeypatch: py
     yield Desk(root, cache)
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # takes the variable back that it has set, too
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def used_root(
+    tmp_path_factory: pytest.TempPathFactory, empty_root: Path, gate: dict[str, str], make_edit: Callable[..., Edit], prefect_server: str
+) -> Path:
+    """A root whose stream `main` has two commits, both shown in MLflow. `README` of the second: what became of its records.
+
+    Commit 1: case-1, case-2 and case-11 live. Commit 2: case-1 replaced by case-3, case-4 quarantined, one record refused, one a
+    duplicate, two more live, whose ids are digests.
+    """
+    home = tmp_path_factory.mktemp("used")
+    desk = Desk(home / "root", home / "cache")
+    shutil.copytree(empty_root, desk.root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name, value in {**gate, "ERRATA_ROOT": str(desk.root), "ERRATA_CACHE": str(desk.cache)}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "path", list(sys.path))
+        desk.submit("monday", make_edit(0, id="case-1"), make_edit(1, id="case-2"), make_edit(2, id="case-11"))
+        desk.apply()
+        unreachable = {"prompt": "{} has long been living in", "target_new": "Zqx wvut"}
+        good = [make_edit(0, answer=1, id="case-3"), make_edit(4), make_edit(5)]
+        desk.submit("tuesday", *good, make_edit(6, id="case-4", **unreachable), make_edit(1, id="case-2"), {"subject": "Bo"})
+        desk.apply()
+    return desk.root
+
+
+@pytest.fixture
+def used_desk(desk: Desk, used_root: Path) -> Desk:
+    """The stream of `used_root`, to do with as one likes."""
+    shutil.rmtree(desk.root)
+    shutil.copytree(used_root, desk.root)
+    return desk
+
+
+@pytest.fixture
+def errata(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """The command, run in this process, since its imports cost more than its work. It may fail, but never with a traceback.
+
+    Call it with the words of the command line; `stdin` is what is piped into it, `typed` what a person answers at a terminal.
+    """
+    from flows import console
+
+    def run(*words: str, stdin: bytes = b"", typed: str | None = None) -> Ran:
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", ["errata", *words])
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if typed is None else typed.encode())))
+            for end in (sys.stdin, sys.stdout):
+                patch.setattr(end, "isatty", lambda: typed is not None)
+            console.main()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        return Ran(int(ended.value.code or 0), printed.out, printed.err)
+
+    # Tables fold no words. The others are what the command sets where they are not: for this process, too.
+    for name, value in {"COLUMNS": "200", "PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_SERVER_ANALYTICS_ENABLED": "0", "DO_NOT_TRACK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return run
 
 
 @pytest.fixture

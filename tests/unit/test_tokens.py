@@ -9,7 +9,7 @@ from errata.editors.d4s.rows import build_rows
 from errata.edits import Edit
 from errata.errors import TokenizationError
 from errata.modeling.loading import Base
-from errata.modeling.tokens import encode_prompt, encode_target, find_pad, locate_subject, pad_rows
+from errata.modeling.tokens import encode_prompt, encode_target, find_ends, find_pad, locate_subject, pad_rows
 
 KINDS = {
     "gpt2": {},

@@ -1,4 +1,4 @@
-"""A real MLflow on SQLite, made once per session and copied, and a tiny random GPT-2 in two sets of weights."""
+"""A real MLflow on SQLite, copied for each test, and a tiny random GPT-2 in two sets of weights."""
 
 import shutil
 import sys
@@ -66,25 +66,18 @@ def deltas(base: Base) -> list[WeightDelta]:
     return [WeightDelta(base.digest, {name: torch.randn(shape, generator=torch.Generator().manual_seed(seed))}) for seed in range(3)]
 
 
-@pytest.fixture(scope="session")
-def _empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    ModelRegistry(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def tracking(_empty_mlflow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+def tracking(empty_mlflow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """Tracking URI and artifact root of an empty MLflow, in a folder whose name needs quoting; also what `models:/` means here."""
     home = tmp_path / "ml flow"
     home.mkdir()
-    shutil.copy(_empty_mlflow, home)
+    shutil.copy(empty_mlflow, home)
     uri = f"sqlite:///{home / 'mlflow.db'}"
     monkeypatch.setattr(sys, "path", list(sys.path))  # loading a version puts its code there
-    before = mlflow.get_tracking_uri()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # put back after the test
     mlflow.set_tracking_uri(uri)
     yield uri, (home / "mlartifacts").as_uri()
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # takes the variable back that it has set, too
 
 
 @pytest.fixture
