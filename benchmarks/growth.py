@@ -26,7 +26,7 @@ from errata.builtin import CAVEAT
 from errata.edits import Submission
 from errata.settings import load_settings
 from errata.world import make_world
-from flows.console import drop_lines, spell_submission
+from flows.commandline import drop_lines, spell_submission
 from registry.stream import open_stream
 from tasks.committing import commit_batch
 from tasks.editing import merge_pairs, prepare_pairs

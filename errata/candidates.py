@@ -113,20 +113,48 @@ def build_candidate(
         EditorError: the system cannot be solved.
     """
     layer = head.layers[0]
-    changes = group_changes("remove", remove) + group_changes("add", add)
+    merged = merge_refs(blobs, editor, load_state(blobs, editor, layer.state), head.recipe, add, remove)
+    artifact = editor.solve(merged.state)
+    stored = extend_state(layer.state, blobs.put(merged.changes))
+    if len(stored.pairs_since) >= snapshot_every:
+        stored = StateRef(snapshot=blobs.put(merged.state.to_bytes()))
+    built = layer.model_copy(update={"artifact": blobs.put(artifact.to_bytes()) if artifact else None, "state": stored})
+    manifest = head.model_copy(update={"layers": (built,), "recipe": merged.recipe})
+    return Candidate(manifest, _measure_fits(editor, merged.state, merged.added))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What one commit does to a state."""
+
+    state: Any
+    recipe: str
+    changes: bytes
+    """The change list, as it is stored."""
+    added: Pairs | None
+
+
+def merge_refs(blobs: Blobs, editor: Editor[Any], state: Any, recipe: str, add: Sequence[PairRef], remove: Sequence[PairRef]) -> Merged:
+    """A state and its recipe after one commit: pairs are removed, then added, in one merge.
+
+    Raises:
+        StorageError: a pairs object cannot be read.
+        BaseMismatchError, EditorError: the pairs are not of this base and profile, or not in this state.
+    """
     removed, added = read_pairs(blobs, remove), read_pairs(blobs, add)
-    state = editor.merge(load_state(blobs, editor, layer.state), added, removed)
-    artifact = editor.solve(state)
-    since = (*layer.state.pairs_since, blobs.put(canonical_json([change.model_dump() for change in changes])))
-    stored = StateRef(snapshot=layer.state.snapshot, pairs_since=since)
-    if len(since) >= snapshot_every:
-        stored = StateRef(snapshot=blobs.put(state.to_bytes()))
-    recipe = head.recipe
     for op, pairs in (("remove", removed), ("add", added)):
         recipe = extend_recipe(recipe, op, pairs.digest_rows() if pairs else ())
-    built = layer.model_copy(update={"artifact": blobs.put(artifact.to_bytes()) if artifact else None, "state": stored})
-    manifest = head.model_copy(update={"layers": (built,), "recipe": recipe})
-    return Candidate(manifest, _measure_fits(editor, state, added))
+    return Merged(editor.merge(state, added, removed), recipe, spell_changes(add, remove), added)
+
+
+def spell_changes(add: Sequence[PairRef], remove: Sequence[PairRef]) -> bytes:
+    """The change list of one commit, as it is stored."""
+    return canonical_json([change.model_dump() for change in group_changes("remove", remove) + group_changes("add", add)])
+
+
+def extend_state(ref: StateRef, changes: str) -> StateRef:
+    """A stored state after one more change list."""
+    return StateRef(snapshot=ref.snapshot, pairs_since=(*ref.pairs_since, changes))
 
 
 def load_state(blobs: Blobs, editor: Editor[Any], ref: StateRef) -> Any:

@@ -60,7 +60,8 @@ def decide(report: Report, history: Sequence[Decision], settings: GateSettings) 
     batch as a whole is halved; a single edit with such a fault is to blame for it. The last round accepts or rejects.
 
     Args:
-        report: the measured candidate; its rows are the edits of this round, in the order of the batch.
+        report: the measured candidate; its rows are the edits of this round, in the order of the batch. A withdrawal has none: it is
+            accepted or rejected as a whole.
         history: the decisions of the earlier rounds of this batch, oldest first.
 
     Raises:
@@ -79,7 +80,7 @@ def decide(report: Report, history: Sequence[Decision], settings: GateSettings) 
         drop = (EditFault(id=ids[0], reason=batch_faults[0]),)
     dropped = {fault.id for fault in drop}
     rest = tuple(name for name in ids if name not in dropped)
-    reasons = (*(f"{fault.id}: {fault.reason}" for fault in drop), *(fault for fault in batch_faults if len(ids) > 1))
+    reasons = (*(f"{fault.id}: {fault.reason}" for fault in drop), *(fault for fault in batch_faults if len(ids) != 1))
     last = len(history) + 1 >= settings.max_rounds
     if not rest or last:
         if rest:

@@ -32,7 +32,11 @@ class EditRow(Protocol):
 
     @property
     def submitted_at(self) -> str | None:
-        """ISO 8601 with offset; of a withdrawn occurrence the time of the withdrawal."""
+        """ISO 8601 with offset."""
+
+    @property
+    def withdrawn_at(self) -> str | None:
+        """Time of its withdrawal, in the same form."""
 
 
 class Lookup(Protocol):
@@ -158,12 +162,13 @@ class Judge:
         proposed = self._proposed.get(edit.edit_id, set())
         if edit.content_id in proposed or self.lookup.find_edit(edit.edit_id) is None:
             return None
+        # What a rollback left behind is as if it had never come: the log answers as it would have at the commit that is served again.
         # An accepted occurrence settles what was held of its id (`registry.fold.settles`): so does one proposed in this batch.
-        passed = ("superseded", "stale", "quarantined", "rejected") if proposed else ("superseded", "stale")
+        passed = ("superseded", "stale", "reverted", "quarantined", "rejected") if proposed else ("superseded", "stale", "reverted")
         rows = [row for row in reversed(self.lookup.find_occurrences(edit.edit_id)) if row.status not in passed]
         accepted = next((row for row in rows if row.status in ("live", "replaced", "withdrawn")), None)
         if accepted and accepted.status == "withdrawn" and not proposed:
-            since = _read_time(accepted.submitted_at)
+            since = _read_time(accepted.withdrawn_at)
             return None if since and edit.submitted_at and edit.submitted_at > since else _withheld(accepted)
         same = next((row for row in rows if row.content == edit.content_id), None)
         if same is None:

@@ -142,6 +142,39 @@ class WeightNorms(_Part):
     """Condition number of the matrix that was solved with, where the editor reports one."""
 
 
+class WithdrawnRow(_Part):
+    """One edit that was taken back."""
+
+    id: str
+    consistent: bool
+    """Over the tokens of its target_new, teacher forced, the argmax is the base's."""
+    greedy: bool
+    """The greedy answer is the base's."""
+    answer_base: str
+    answer: str
+
+
+class Exactness(_Part):
+    """How far weights are from those of the live pairs added up from nothing."""
+
+    relative: float
+    """Largest difference of an entry of ΔW over the largest entry of the rebuilt ΔW, in float64; of the worst weight."""
+    identical: bool
+    """The artifacts are the same to the bit."""
+
+
+class Withdrawal(_Part):
+    """The two truths about edits that were taken back: the weights are as if they had never come (*exactness*); what the model then
+    answers may still differ from the base, since other edits act on the same keys (*consistency*)."""
+
+    rows: tuple[WithdrawnRow, ...]
+    consistency: Mean
+    """Share of the withdrawn prompts that answer as the base again, teacher forced."""
+    greedy_consistency: Mean
+    exactness: Exactness | None = None
+    """None where it was not asked for: it costs reading every live pair."""
+
+
 class Report(_Part):
     """All measurements of one candidate. Stored as an object, named by the commit, shown by `errata show`."""
 
@@ -169,9 +202,12 @@ class Report(_Part):
     """Prompts whose logits under the candidate hold a value that is not finite; they count as wrong."""
     fault: str | None = None
     """Why the candidate could not be measured at all."""
+    withdrawal: Withdrawal | None = None
+    """Of a candidate from which edits were taken back."""
 
     def to_bytes(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json"))
+        # Left out where there is none, so that the report of a batch is spelled as it was before withdrawals were known.
+        return canonical_json(self.model_dump(mode="json", exclude=None if self.withdrawal else {"withdrawal"}))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -197,6 +233,10 @@ class Report(_Part):
             "locality.agreement": self.locality.agreement,
             "nonfinite": self.nonfinite,
         }
+        if self.withdrawal:
+            named["withdrawn.consistency"] = self.withdrawal.consistency.value
+            named["withdrawn.greedy_consistency"] = self.withdrawal.greedy_consistency.value
+            named["withdrawn.exactness"] = self.withdrawal.exactness.relative if self.withdrawal.exactness else None
         for label, scores in (("held_out", self.held_out), ("paper", self.paper)):
             for name, value in scores:
                 named[f"{label}.{name}"] = value.value if isinstance(value, Mean) else value

@@ -1,6 +1,8 @@
-"""What became of one batch, as people and callers of the flow see it."""
+"""What became of a batch, a withdrawal or a rollback, as people and callers of the flows see it."""
 
 from pydantic import BaseModel, ConfigDict
+
+from errata.report import Withdrawal
 
 
 class BatchSummary(BaseModel):
@@ -28,3 +30,43 @@ class BatchSummary(BaseModel):
     @property
     def accepted(self) -> bool:
         return self.decision == "accept"
+
+
+class WithdrawalSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str
+    commit: int | None
+    """Number of the commit, which is a rejection where the gate refused; None for a dry run."""
+    decision: str
+    """`accept` or `reject`."""
+    withdrawn: tuple[str, ...]
+    """Occurrences, as they were asked for; live still where the gate refused."""
+    live: int
+    """Edits that are live without them."""
+    measured: Withdrawal | None
+    """None where the candidate could not be put on the base."""
+    metrics: dict[str, float]
+    """Names as in `Report.metrics`."""
+    reasons: tuple[str, ...]
+    seconds: dict[str, float]
+    """Stage → wall seconds."""
+
+    @property
+    def accepted(self) -> bool:
+        return self.decision == "accept"
+
+
+class RollbackSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str
+    commit: int | None
+    """None for a dry run."""
+    target: int
+    """The accepted commit whose state is served again."""
+    left: tuple[str, ...]
+    """Occurrences that are no longer live, in order of arrival."""
+    back: tuple[str, ...]
+    """Occurrences that are live again."""
+    live: int

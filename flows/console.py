@@ -1,10 +1,8 @@
 """The `errata` command. Reading commands import no torch, Prefect or MLflow and answer in about a second."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +10,25 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from errata.edits import Refusal, Submission, canonical_json, digest_of
+from errata.edits import Refusal, Submission
 from errata.errors import ErrataError, InputError
-from errata.settings import Settings, load_settings
-from flows import lookup, views
-from registry.inbox import drop_file
-from registry.stream import Stream, open_stream
+from errata.settings import load_settings
+from flows import console_replay, console_undo, lookup, views
+from flows.commandline import (
+    EPILOG,
+    REFUSED,
+    AsJson,
+    StreamName,
+    Yes,
+    confirm,
+    drop_lines,
+    open_here,
+    out,
+    print_json,
+    ready_prefect,
+    spell_submission,
+)
 
-EPILOG = "Exit codes: 0 done, 1 fault, 2 bad input, 3 refused by the gate, 4 conflict with another writer."
-REFUSED = 3
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -32,12 +40,6 @@ app = typer.Typer(
 )
 quarantine = typer.Typer(help="Edits that the gate refused: list, retry or drop them.", epilog=EPILOG)
 app.add_typer(quarantine, name="quarantine")
-
-StreamName = Annotated[str | None, typer.Option("--stream", "-s", help="Stream; the default is in errata.toml.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-
-out = Console()
 
 
 def main() -> None:
@@ -57,29 +59,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains about it once more at exit
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def open_here(name: str | None) -> tuple[Settings, Stream]:
-    settings = load_settings(stream=name)
-    return settings, open_stream(settings.root, settings.stream, settings.cache)
-
-
-def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
-
-
-def ready_prefect(settings: Settings) -> None:
-    """Prefect reads these while it is imported. Its local database goes to our cache folder, its own reports to nobody."""
-    os.environ.setdefault("PREFECT_HOME", str(settings.cache / "prefect"))
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised here and printed once
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-
-
-def confirm(question: str, yes: bool) -> None:
-    """Ask where somebody can answer."""
-    if not yes and sys.stdin.isatty() and sys.stdout.isatty() and not typer.confirm(question):
-        raise typer.Exit(0)
 
 
 @app.command(epilog=EPILOG)
@@ -163,18 +142,6 @@ def insist(record: Submission | Refusal, again: bool, force: bool) -> Submission
     if isinstance(record, Refusal):
         return record
     return record.model_copy(update={"again": record.again or again, "force": record.force or force})
-
-
-def spell_submission(record: Submission) -> bytes:
-    """A submission as a line of an inbox file."""
-    line = record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True) | {"origin": record.origin}
-    return canonical_json(line | {name: True for name in ("again", "force") if getattr(record, name)})
-
-
-def drop_lines(stream: Stream, lines: Sequence[bytes]) -> str:
-    """Leave lines in the inbox under a name that says when; its name."""
-    data = b"\n".join(lines) + b"\n"
-    return drop_file(stream, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{digest_of(data)[:8]}.jsonl", data)
 
 
 def check_records(records: Any, name: str | None, as_json: bool) -> None:
@@ -367,3 +334,7 @@ def demo() -> None:
     from flows.demo import run_demo
 
     run_demo(settings, out)
+
+
+console_undo.add_commands(app)
+console_replay.add_commands(app)

@@ -13,7 +13,7 @@ from errata.errors import UnknownNameError
 from errata.settings import Settings
 from errata.world import make_world
 from flows import lookup, views
-from flows.console import drop_lines, spell_submission
+from flows.commandline import drop_lines, spell_submission
 from flows.edit import apply_edits
 from registry.inbox import drop_file
 from registry.storage.base import open_storage

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from errata.edits import Edit
 from errata.errors import InputError, UnknownNameError
 from errata.settings import Settings
 from registry.events import Commit
@@ -71,6 +72,7 @@ def describe_commit(stream: Stream, commit: Commit) -> Facts:
         "generalization": report.get("held_out", {}).get("generalization", {}).get("value"),
         "specificity": report.get("held_out", {}).get("specificity", {}).get("value"),
         "retention": report.get("retention", {}).get("efficacy", {}).get("value"),
+        "withdrawal": report.get("withdrawal"),
         "norms": {norms["weight"]: norms["mean_abs_ratio"] for norms in report.get("norms", [])},
         "seconds": commit.seconds,
     }
@@ -79,9 +81,11 @@ def describe_commit(stream: Stream, commit: Commit) -> Facts:
 def describe_commit_whole(stream: Stream, seq: int) -> Facts:
     """A commit with what became of each record."""
     commit = stream.log.read(seq)
+    found = stream.read_outcomes(commit)
     texts = {row.occurrence: row.edit for row in stream.read_batch(commit)}
+    texts |= _read_texts(stream, [outcome.occurrence for outcome in found if outcome.occurrence and outcome.occurrence not in texts])
     outcomes = []
-    for outcome in stream.read_outcomes(commit):
+    for outcome in found:
         edit = texts.get(outcome.occurrence or "")
         said = {"edit": f"{edit.rewrite_prompt} → {edit.target_new}"} if edit else {}
         outcomes.append({**outcome.model_dump(mode="json", exclude_none=True), **said})
@@ -90,8 +94,21 @@ def describe_commit_whole(stream: Stream, seq: int) -> Facts:
     return {**facts, "reasons": list(commit.reasons), "files": whole.get("files", []), "records": outcomes, "written": _writer(whole)}
 
 
+def _read_texts(stream: Stream, occurrences: Sequence[str]) -> dict[str, Edit]:
+    """The edits behind older occurrences; each batch object is read once."""
+    batches: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in map(stream.resolve_edit, occurrences):
+        batches[row.batch][row.position] = row.occurrence
+    texts = {}
+    for digest, places in batches.items():
+        for record in stream.objects.get_rows(digest):
+            if record["position"] in places:
+                texts[places[record["position"]]] = Edit.model_validate(record["edit"])
+    return texts
+
+
 def _writer(commit: Facts) -> Facts:
-    names = ("parent", "batch", "manifest", "report", "host", "run", "versions", "device", "threads")
+    names = ("parent", "target", "batch", "manifest", "report", "host", "run", "versions", "device", "threads")
     return {name: commit[name] for name in names if name in commit}
 
 
@@ -159,7 +176,7 @@ def resolve_reference(settings: Settings, stream: Stream, ref: str) -> int | Edi
         UnknownNameError: it means neither.
     """
     commit: int | None = None
-    if _VERSION.fullmatch(ref):
+    if is_version(ref):
         return resolve_version(settings, stream, ref)
     with suppress(UnknownNameError):
         commit = stream.resolve_commit(ref)
@@ -173,6 +190,20 @@ def resolve_reference(settings: Settings, stream: Stream, ref: str) -> int | Edi
         return stream.resolve_edit(ref)
     except UnknownNameError as error:
         raise UnknownNameError(f"{ref}: expected a commit (0 to {stream.head.seq}, head~N, vN) or an edit; {error}") from None
+
+
+def is_version(ref: str) -> bool:
+    """Whether `ref` is spelled as an MLflow version."""
+    return _VERSION.fullmatch(ref) is not None
+
+
+def resolve_state(settings: Settings, stream: Stream, ref: str) -> int:
+    """The commit that a person means by `12`, `head`, `head~1` or `v12`.
+
+    Raises:
+        UnknownNameError: no such commit or version.
+    """
+    return resolve_version(settings, stream, ref) if _VERSION.fullmatch(ref) else stream.resolve_commit(ref)
 
 
 def resolve_version(settings: Settings, stream: Stream, ref: str) -> int:

@@ -10,6 +10,7 @@ from rich.table import Table
 Facts = Mapping[str, Any]
 
 _STYLES = {"live": "green", "quarantined": "yellow", "rejected": "red", "refused": "red", "accept": "green", "reject": "red"}
+_STYLES |= dict.fromkeys(("withdrawn", "reverted"), "magenta")
 
 
 def show_share(value: float | None) -> str:
@@ -58,6 +59,7 @@ def build_status(facts: Facts) -> RenderableType:
             ("live", str(facts["live"])),
             ("pending", f"{facts['pending']}" + (f" in {len(facts['waiting_files'])} files" if facts["waiting_files"] else "")),
             ("quarantined", f"{facts['quarantined']} quarantined, {facts['rejected']} rejected"),
+            ("taken back", f"{facts['records'].get('withdrawn', 0)} withdrawn, {facts['records'].get('reverted', 0)} rolled back"),
             ("last commit", f"{last['commit']} ({last['kind']}, {escape(last['time'][:19])}): {show_seconds(last['seconds'])}"),
         ]
     )
@@ -93,6 +95,8 @@ def build_commit(facts: Facts) -> RenderableType:
                 ", ".join(f"{name} {show_share(facts[name])}" for name in ("efficacy", "generalization", "specificity", "retention")),
             ),
             ("norms", ", ".join(f"{name} {show_share(value)}" for name, value in facts["norms"].items()) or "–"),
+            *([("serves again", f"commit {written['target']}")] if "target" in written else []),
+            *([("withdrawn", describe_withdrawal(facts["withdrawal"]))] if facts.get("withdrawal") else []),
             ("cost", show_seconds(facts["seconds"])),
             ("manifest", str(written.get("manifest"))),
         ]
@@ -169,6 +173,41 @@ def build_batches(rows: Sequence[Facts]) -> Table:
     return table
 
 
+def build_withdrawal(facts: Facts) -> RenderableType:
+    """What became of a withdrawal."""
+    metrics = facts["metrics"]
+    head = build_pairs(
+        [
+            ("commit", str(facts["commit"]) if facts["commit"] is not None else "none"),
+            ("decision", f"{paint(facts['decision'])}: {escape(' '.join(facts['reasons']))}"),
+            ("live", f"{facts['live']} edits without {'it' if len(facts['withdrawn']) == 1 else 'them'}"),
+            ("measured", describe_withdrawal(facts["measured"]) if facts["measured"] else "–"),
+            ("the others", f"retention {show_share(metrics.get('retention'))}"),
+            ("cost", show_seconds(facts["seconds"])),
+        ]
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("withdrawn", "base", "now", "as the base"):
+        table.add_column(name, overflow="fold")
+    rows = {row["id"]: row for row in (facts["measured"] or {"rows": ()})["rows"]}
+    for occurrence in facts["withdrawn"]:
+        row = rows.get(occurrence.rpartition("@")[0])
+        said = (escape(row["answer_base"]), escape(row["answer"]), "yes" if row["consistent"] else "no") if row else ("–", "–", "–")
+        table.add_row(escape(occurrence), *said)
+    return Group(head, "", table)
+
+
+def describe_withdrawal(measured: Facts) -> str:
+    """Consistency, and exactness where it was measured."""
+    rows = measured["rows"]
+    said = f"{sum(row['consistent'] for row in rows)} of {len(rows)} prompts answer as the base again, "
+    said += f"{sum(row['greedy'] for row in rows)} greedily"
+    if exactness := measured.get("exactness"):
+        bits = "the same to the bit as" if exactness["identical"] else f"within {exactness['relative']:.1e} of"
+        said += f"; weights {bits} a rebuild without {'it' if len(rows) == 1 else 'them'}"
+    return said
+
+
 def _describe_outcome(row: Facts) -> str:
     rounds = f" after {row['rounds']} rounds" if row["rounds"] > 1 else ""
     deferred = f", {row['deferred']} deferred" if row["deferred"] else ""
@@ -222,6 +261,48 @@ def build_check(facts: Facts) -> RenderableType:
 def _spell_conflict(item: Facts) -> str:
     said = item["prompt"].replace("{}", item["subject"])
     return f"{said}: {item['earlier_target']} ({item['earlier']}), then {item['later_target']} ({item['later']})"
+
+
+def show_size(size: float) -> str:
+    """`3 B`, `5.0 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+_FOUND = {"mended": "green", "replaced": "green", "mendable": "yellow", "unequal": "red", "differs": "red", "lost": "red"}
+_COMPARED = {"bits": "equal to the bit", "float64": "equal to 1e-8 in float64", "float32": "equal within float32 rounding"}
+
+
+def build_rebuild(facts: Facts) -> RenderableType:
+    """What a rebuild compared, found and did."""
+    compared = ", ".join(f"{number} {_COMPARED[name]}" for name, number in facts["compared"].items())
+    verdict = "[green]all as the log says[/]" if facts["sound"] else "[red]the log and what is stored part[/]"
+    rows = [
+        ("stream", f"[bold]{escape(facts['stream'])}[/] up to commit {facts['to']}: {verdict}"),
+        ("recipe", facts["recipe"] or "cannot be known"),
+        ("weights", (compared or "none compared") + (f"; at most {facts['worst']:.1e} apart" if facts["worst"] else "")),
+        ("took", f"{facts['seconds']:.1f} s"),
+    ]
+    if facts["unverified"]:
+        rows.append(("not compared", f"commits {', '.join(map(str, facts['unverified']))}: something before them is lost"))
+    if facts["commit"] is not None:
+        rows.append(("committed", f"commit {facts['commit']} (rebuild) points to the new objects"))
+    table = Table(box=None, pad_edge=False)
+    for name in ("commit", "what", "found", "detail", "edits"):
+        table.add_column(name, overflow="fold")
+    for item in facts["findings"]:
+        said = f"[{_FOUND[item['state']]}]{item['state']}[/]"
+        table.add_row(
+            str(item["commit"]), f"{item['what']} {(item['digest'] or '')[:12]}", said, escape(item["detail"]), _name_some(item["edits"])
+        )
+    return Group(build_pairs(rows), *(["", table] if facts["findings"] else []))
+
+
+def _name_some(names: Sequence[str], shown: int = 5) -> str:
+    return escape(", ".join(names[:shown])) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def build_findings(rows: Sequence[Facts]) -> Table:

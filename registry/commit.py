@@ -10,12 +10,20 @@ import logging
 import sqlite3
 
 from errata.errors import ConflictError, KeyMissingError, StorageError
-from registry.events import Commit, RejectionCommit, write_commit
-from registry.fold import ASIDE, Changes, Head, derive_changes
+from registry.events import AcceptedCommit, Commit, InitCommit, RebuildCommit, RejectionCommit, RollbackCommit, Status, write_commit
+from registry.fold import ASIDE, HELD, Changes, EditRow, Head, derive_changes
 from registry.stream import Stream
 
 CHECKPOINT_EVERY = 10
 """Commits between two checkpoints."""
+_FROM: dict[Status, tuple[Status, ...]] = {
+    "replaced": ("live",),
+    "withdrawn": ("live",),
+    "reverted": ("live",),
+    "live": ("replaced", "withdrawn", "reverted"),
+    "dropped": HELD,
+}
+"""What an older occurrence becomes → where it must have stood."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,9 +78,22 @@ def _check_changes(stream: Stream, draft: Commit, parent: Head) -> None:
     """A commit that could not be folded, or would apply a line or an edit twice, must not land: history is not rewritten."""
     if isinstance(draft, RejectionCommit) and draft.manifest != parent.manifest:
         raise StorageError(f"{draft.name}: expected the previous manifest {parent.manifest}, found {draft.manifest}")
+    if isinstance(draft, RollbackCommit):
+        _check_target(stream, draft)
+    if isinstance(draft, RebuildCommit) and draft.of != parent.accepted:
+        raise StorageError(f"{draft.name}: expected the state of the newest accepted commit {parent.accepted}, found that of {draft.of}")
     changes = derive_changes(draft, stream.read_batch(draft), stream.read_outcomes(draft))
     _check_files(stream, draft)
     _check_occurrences(stream, draft, changes)
+
+
+def _check_target(stream: Stream, draft: RollbackCommit) -> None:
+    target = stream.log.read(draft.target)
+    if not isinstance(target, AcceptedCommit | InitCommit) or draft.manifest != target.manifest:
+        raise StorageError(
+            f"{draft.name}: expected the manifest of an accepted commit {draft.target}, found {draft.manifest}; "
+            f"there is {target.manifest} of kind {target.kind}"
+        )
 
 
 def _check_files(stream: Stream, draft: Commit) -> None:
@@ -85,16 +106,32 @@ def _check_files(stream: Stream, draft: Commit) -> None:
 
 
 def _check_occurrences(stream: Stream, draft: Commit, changes: Changes) -> None:
-    moved = {(move.id, move.seq) for move in changes.moved}
-    for identity, seq in moved:
-        if not any(row.seq == seq and row.status not in ASIDE for row in stream.index.find_occurrences(identity)):
-            raise StorageError(f"{draft.name}: expected an occurrence {identity}@{seq}, found none")
+    moved = {(move.id, move.seq): move.status for move in changes.moved}
+    if len(moved) != len(changes.moved):
+        raise StorageError(f"{draft.name}: expected each older occurrence once, found one twice")
+    back = []
+    for (identity, seq), status in moved.items():
+        row = _find_moved(stream, draft, identity, seq, status)
+        back += [row] if status == "live" else []
     live = [row for row in changes.added if row.status == "live"]
-    if len({row.slot for row in live}) != len(live):
-        raise StorageError(f"{draft.name}: expected one live edit per slot, found two in the batch")
     for added in live:
         if added.pairs is not None and added.pairs not in draft.pairs:
             raise StorageError(f"{draft.name}: expected the pairs of {added.occurrence} among its pairs, found {added.pairs}")
-        for held in (stream.index.find_slot(added.slot), stream.index.find_edit(added.id)):
-            if held is not None and held.status == "live" and (held.id, held.seq) not in moved:
-                raise StorageError(f"{draft.name}: expected {added.occurrence} to replace {held.occurrence}, found both live")
+    for names in ({row.slot for row in live + back}, {row.id for row in live + back}):
+        if len(names) != len(live + back):
+            raise StorageError(f"{draft.name}: expected one live edit per slot and id, found two in one commit")
+    for row in live + back:
+        for held in (stream.index.find_slot(row.slot), stream.index.find_edit(row.id)):
+            if held is not None and held.status == "live" and moved.get((held.id, held.seq), "live") == "live":
+                raise StorageError(f"{draft.name}: expected {row.occurrence} to replace {held.occurrence}, found both live")
+
+
+def _find_moved(stream: Stream, draft: Commit, identity: str, seq: int, status: Status) -> EditRow:
+    """The row of an older occurrence that is to change its status."""
+    rows = [row for row in stream.index.find_occurrences(identity) if row.seq == seq and row.status not in ASIDE]
+    if not rows:
+        raise StorageError(f"{draft.name}: expected an occurrence {identity}@{seq}, found none")
+    if rows[0].status not in _FROM.get(status, ()):
+        wanted = " or ".join(_FROM.get(status, ())) or "nothing of the kind"
+        raise StorageError(f"{draft.name}: {identity}@{seq} becomes {status}: expected it {wanted}, found it {rows[0].status}")
+    return rows[0]

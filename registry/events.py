@@ -19,8 +19,8 @@ MAX_COMMIT_BYTES = 64_000
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Lines = tuple[int, int]
 """First and last line of a run of lines, 1-based, both included."""
-Status = Literal["live", "replaced", "superseded", "stale", "quarantined", "rejected", "dropped"]
-"""Where an occurrence stands."""
+Status = Literal["live", "replaced", "superseded", "stale", "quarantined", "rejected", "dropped", "withdrawn", "reverted"]
+"""Where an occurrence stands. `withdrawn`: taken back by name; `reverted`: a rollback left it behind."""
 OutcomeName = Status | Literal["duplicate", "withheld", "refused"]
 """What became of one record: a status, or nothing happened (`duplicate`, `withheld`), or it was no edit (`refused`)."""
 
@@ -51,10 +51,20 @@ class BatchRow(_Record):
     line: int = Field(ge=1)
 
 
+class Standing(_Record):
+    """Where an occurrence stood before a rollback moved it: what a later rollback across that one needs to know."""
+
+    status: Status
+    by: str | None = None
+    reason: str | None = None
+    since: AwareDatetime | None = None
+
+
 class Outcome(_Record):
     """What became of a record of this batch, or of an older occurrence; the rows of the `outcomes` object.
 
-    A row about this batch carries `file` and `line` of its record; a row about an older occurrence carries its name only.
+    A row about this batch carries `file` and `line` of its record; a row about an older occurrence carries its name only, and in a
+    rollback `before`.
     """
 
     outcome: OutcomeName
@@ -72,6 +82,9 @@ class Outcome(_Record):
     """Digest of the settings it was judged under."""
     file: Digest | None = None
     line: int | None = None
+    since: AwareDatetime | None = None
+    """When it was withdrawn, where that was not by this commit."""
+    before: Standing | None = None
 
     @property
     def status(self) -> Status | None:
@@ -155,8 +168,53 @@ class EditsCommit(_CommitBase):
     manifest: Digest
 
 
+class WithdrawalCommit(_CommitBase):
+    """Live edits were taken back: their pairs are subtracted, the manifest is new. The outcomes name them."""
+
+    kind: Literal["withdrawal"] = "withdrawal"
+    outcomes: Digest
+    manifest: Digest
+
+
+class RollbackCommit(_CommitBase):
+    """The state of an earlier commit is served again. The outcomes name every occurrence that leaves or comes back."""
+
+    kind: Literal["rollback"] = "rollback"
+    target: int = Field(ge=0)
+    """The accepted commit, or the first one, whose manifest this is."""
+    outcomes: Digest
+    manifest: Digest
+    """The target's."""
+    report: Digest | None = None
+    """The target's: what was measured of these very weights."""
+    promoted: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _look_back(self) -> "RollbackCommit":
+        if self.target >= self.seq:
+            raise ValueError(f"target: expected a commit before {self.seq}, found {self.target}")
+        return self
+
+
+class RebuildCommit(_CommitBase):
+    """The state of the newest accepted commit in new objects, because some of its own are damaged and their bytes come out otherwise on
+    this machine. Recipe and edits are the same; weights agree to 1e-8."""
+
+    kind: Literal["rebuild"] = "rebuild"
+    of: int = Field(ge=0)
+    """The commit whose state it is."""
+    manifest: Digest
+    promoted: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _look_back(self) -> "RebuildCommit":
+        if self.of >= self.seq:
+            raise ValueError(f"of: expected a commit before {self.seq}, found {self.of}")
+        return self
+
+
 class RejectionCommit(_CommitBase):
-    """Nothing changed in the model; what became of the records, or of quarantined edits, did."""
+    """Nothing changed in the model; what became of the records, or of quarantined edits, did. Or a withdrawal was refused."""
 
     kind: Literal["rejection"] = "rejection"
     outcomes: Digest
@@ -165,10 +223,12 @@ class RejectionCommit(_CommitBase):
     promoted: Literal[False] = False
 
 
-Commit = InitCommit | EditsCommit | RejectionCommit
+AcceptedCommit = EditsCommit | WithdrawalCommit | RollbackCommit | RebuildCommit
+"""Each of them is a version of the model."""
+Commit = InitCommit | AcceptedCommit | RejectionCommit
 _Row = TypeVar("_Row", BatchRow, Outcome)
 _COMMIT: TypeAdapter[Commit] = TypeAdapter(Annotated[Commit, Field(discriminator="kind")])
-_KINDS = ("init", "edits", "rejection")
+_KINDS = ("init", "edits", "withdrawal", "rollback", "rebuild", "rejection")
 
 
 def write_commit(commit: Commit) -> bytes:

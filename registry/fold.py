@@ -13,13 +13,28 @@ from pydantic import BaseModel, ConfigDict
 
 from errata.edits import digest_of, normalise
 from errata.errors import FormatError
-from registry.events import BatchRow, Commit, EditsCommit, FileUse, InitCommit, Lines, Outcome, Status
+from registry.events import (
+    AcceptedCommit,
+    BatchRow,
+    Commit,
+    EditsCommit,
+    FileUse,
+    InitCommit,
+    Lines,
+    Outcome,
+    RebuildCommit,
+    RollbackCommit,
+    Status,
+    WithdrawalCommit,
+)
 
 ASIDE: tuple[Status, ...] = ("superseded", "stale")
 """Never judged, or no longer of interest: a later change of their occurrence does not mean these rows."""
 JUDGED: tuple[Status, ...] = ("live", "quarantined", "rejected")
 HELD: tuple[Status, ...] = ("quarantined", "rejected")
 """Waiting for a decision; settled when a later occurrence of the same id is judged."""
+_UNDONE: tuple[Status, ...] = ("live", "withdrawn", "reverted")
+"""What only a withdrawal or a rollback makes of an older occurrence."""
 
 
 class EditRow(NamedTuple):
@@ -44,6 +59,8 @@ class EditRow(NamedTuple):
     submitted_at: str | None
     """ISO 8601 with offset."""
     origin: str
+    withdrawn_at: str | None = None
+    """Time of its withdrawal, in the same form."""
 
     @property
     def occurrence(self) -> str:
@@ -62,6 +79,7 @@ class Move(NamedTuple):
     status: Status
     by: str | None
     reason: str | None
+    withdrawn_at: str | None = None
 
 
 class Changes(NamedTuple):
@@ -129,6 +147,8 @@ def derive_changes(commit: Commit, batch: list[BatchRow], outcomes: list[Outcome
         raise FormatError(f"commit {commit.seq}: expected one judged record per id, found more")
     if not isinstance(commit, EditsCommit) and any(row.status == "live" for row in added):
         raise FormatError(f"commit {commit.seq}: expected no live edits of kind {commit.kind}, found some")
+    if isinstance(commit, WithdrawalCommit | RollbackCommit | RebuildCommit) and (batch or commit.files or commit.pairs):
+        raise FormatError(f"commit {commit.seq}: expected no batch, files or pairs of kind {commit.kind}, found some")
     return Changes(tuple(added), tuple(moved), commit.files, dict(tallies))
 
 
@@ -148,15 +168,16 @@ def advance_head(head: Head | None, commit: Commit, digest: str) -> Head:
     if head is None:
         raise FormatError(f"commit {commit.seq}: expected the log to begin with init, found {commit.kind}")
     moved = head.model_copy(update={"seq": commit.seq, "digest": digest})
-    if not isinstance(commit, EditsCommit):
+    if not isinstance(commit, AcceptedCommit):
         return moved
     role = {"champion": commit.seq, "challenger": None} if commit.promoted else {"challenger": commit.seq}
     return moved.model_copy(update={"manifest": commit.manifest, "accepted": commit.seq, **role})
 
 
 def move_row(row: EditRow, move: Move) -> EditRow:
-    """The row after an older occurrence's change; what it does not say stays."""
-    return row._replace(status=move.status, by=move.by or row.by, reason=move.reason or row.reason)
+    """The row after an older occurrence's change. Why the gate refused an edit stays known until something else is said."""
+    kept = row.reason if row.status in HELD else None
+    return row._replace(status=move.status, by=move.by, reason=move.reason or kept, withdrawn_at=move.withdrawn_at)
 
 
 def settles(added: EditRow, row: EditRow) -> bool:
@@ -206,7 +227,13 @@ def split_occurrence(occurrence: str) -> tuple[str, int]:
 def _read_move(commit: Commit, outcome: Outcome, identity: str, seq: int) -> Move:
     if outcome.status is None:
         raise FormatError(f"commit {commit.seq}: expected a status for {outcome.occurrence}, found {outcome.outcome}")
-    return Move(identity, seq, outcome.status, outcome.by, outcome.reason)
+    allowed = isinstance(commit, RollbackCommit) or (outcome.status == "withdrawn" and isinstance(commit, WithdrawalCommit))
+    if outcome.status in _UNDONE and not allowed:
+        raise FormatError(
+            f"commit {commit.seq}: expected no older edit to become {outcome.status} by kind {commit.kind}, found {identity}@{seq}"
+        )
+    since = outcome.since or commit.time if outcome.status == "withdrawn" else None
+    return Move(identity, seq, outcome.status, outcome.by, outcome.reason, since.isoformat() if since else None)
 
 
 def _build_row(commit: Commit, row: BatchRow, outcome: Outcome, status: Status) -> EditRow:

@@ -15,7 +15,7 @@ from errata.errors import StorageError
 from registry.events import FileUse, Status
 from registry.fold import ASIDE, HELD, Changes, EditRow, Head, merge_use, move_row, settle_row, settles, subject_key
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _COLUMNS = ", ".join(f'"{name}"' for name in EditRow._fields)
 _SCHEMA = f"""
 CREATE TABLE edits ({_COLUMNS}, lot INTEGER, touched INTEGER, PRIMARY KEY (id, seq, position)) WITHOUT ROWID;

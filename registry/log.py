@@ -24,14 +24,17 @@ class CommitLog:
         Raises:
             ConflictError: another commit has that number.
         """
-        data = write_commit(commit)
+        return self.append_bytes(commit.seq, write_commit(commit))
+
+    def append_bytes(self, seq: int, data: bytes) -> str:
+        """As `append`, for a commit as it stands in another log: whatever wrote it, its bytes are what its successor names."""
         try:
-            self._storage.create(self._key(commit.seq), data)
+            self._storage.create(self._key(seq), data)
         except KeyExistsError:
-            found = self.read_bytes(commit.seq)
+            found = self.read_bytes(seq)
             if found != data:
                 raise ConflictError(
-                    f"expected commit {commit.seq - 1} to be the newest, found {self._describe(commit.seq, found)} after it: "
+                    f"expected commit {seq - 1} to be the newest, found {self._describe(seq, found)} after it: "
                     "another writer committed first. Nothing is lost; run it again on the new head."
                 ) from None
         return digest_of(data)

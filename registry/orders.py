@@ -1,4 +1,6 @@
-"""The work order of one batch: what is to be written on which head. An object of the stream, so that stages pass its digest only."""
+"""Work orders: what is to be written or taken back, and on which head. Objects of the stream, so that stages pass their digest only."""
+
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,15 +21,26 @@ class Planned(_Record):
     """Live occurrences whose pairs are subtracted when this one is added."""
 
 
-class Order(_Record):
-    """One batch, decided up to what only the model can tell."""
-
+class _Stored(_Record):
     seq: int
     """The number its commit will have."""
     parent: str
     """Digest of the head commit it builds on."""
     manifest: str
     """The head's manifest."""
+
+    def store(self, objects: ObjectStore) -> str:
+        """The digest it can be read back by."""
+        return objects.put(canonical_json(self))
+
+    @classmethod
+    def load(cls, objects: ObjectStore, digest: str) -> Self:
+        return cls.model_validate_json(objects.get(digest))
+
+
+class Order(_Stored):
+    """One batch, decided up to what only the model can tell."""
+
     additions: tuple[Planned, ...]
     rows: tuple[BatchRow, ...]
     """Records that are settled without the model, refused ones apart."""
@@ -37,10 +50,9 @@ class Order(_Record):
     under: str
     """Digest of the settings it is judged under."""
 
-    def store(self, objects: ObjectStore) -> str:
-        """The digest it can be read back by."""
-        return objects.put(canonical_json(self))
 
-    @classmethod
-    def load(cls, objects: ObjectStore, digest: str) -> "Order":
-        return cls.model_validate_json(objects.get(digest))
+class WithdrawalOrder(_Stored):
+    """Live edits to take back."""
+
+    occurrences: tuple[str, ...]
+    reason: str

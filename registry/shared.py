@@ -8,6 +8,7 @@ shared/profiles/<base digest>/<sha256>.json         profiles, in canonical JSON
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Self
 
@@ -58,21 +59,44 @@ def put_base(storage: Storage, ref: BaseRef, folder: Path | None = None) -> Base
         InputError: the folder holds no model.
         StorageError: not stored.
     """
-    key = _record_key(ref.digest)
-    if storage.exists(key):
+    if has_base(storage, ref.digest):
         return get_base(storage, ref.digest)
     files = {}
     if ref.kind != "hub":
         for path in _list_files(ref, folder):
             data = path.read_bytes()
             files[path.name] = digest_of(data)
-            _put_file(storage, f"{_folder_key(ref.digest)}/{path.name}", data)
-    stored = ref.model_copy(update={"files": files})
-    try:
-        storage.create(key, canonical_json(stored))
-    except KeyExistsError:
-        return get_base(storage, ref.digest)
-    return stored
+            put_base_file(storage, ref.digest, path.name, data)
+    put_base_record(storage, ref.model_copy(update={"files": files}))
+    return get_base(storage, ref.digest)
+
+
+def has_base(storage: Storage, digest: str) -> bool:
+    return storage.exists(_record_key(digest))
+
+
+def put_base_file(storage: Storage, digest: str, name: str, data: bytes) -> None:
+    """Store one file of a base whose record (`put_base_record`) follows."""
+    _put_file(storage, f"{_folder_key(digest)}/{name}", data)
+
+
+def put_base_record(storage: Storage, ref: BaseRef) -> None:
+    """Make a base known whose files are stored; one that is known already is left as it is."""
+    with suppress(KeyExistsError):
+        storage.create(_record_key(ref.digest), canonical_json(ref))
+
+
+def get_base_file(storage: Storage, ref: BaseRef, name: str) -> bytes:
+    """
+    Raises:
+        KeyMissingError: the file is gone.
+        ObjectCorruptError: it is not the one that was stored.
+    """
+    key, expected = f"{_folder_key(ref.digest)}/{name}", ref.files[name]
+    data = storage.read(key)
+    if (found := digest_of(data)) != expected:
+        raise ObjectCorruptError(f"{storage.url}/{key}: expected bytes with sha256 {expected}, found {len(data)} with {found}")
+    return data
 
 
 def get_base(storage: Storage, digest: str) -> BaseRef:
@@ -110,12 +134,8 @@ def fetch_base(storage: Storage, digest: str, cache: Path) -> Path:
     shelf.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{digest[:12]}-", dir=shelf))
     try:
-        for name, expected in ref.files.items():
-            key = f"{_folder_key(digest)}/{name}"
-            data = storage.read(key)
-            if (found := digest_of(data)) != expected:
-                raise ObjectCorruptError(f"{storage.url}/{key}: expected bytes with sha256 {expected}, found {len(data)} with {found}")
-            (draft / name).write_bytes(data)
+        for name in ref.files:
+            (draft / name).write_bytes(get_base_file(storage, ref, name))
         draft.chmod(0o755)  # mkdtemp's folders are private
         try:
             draft.rename(folder)

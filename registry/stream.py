@@ -9,7 +9,7 @@ from errata.edits import canonical_json, digest_of
 from errata.errors import InputError, KeyExistsError, KeyMissingError, StorageError, UnknownNameError
 from registry.checkpoints import Checkpoints
 from registry.events import FORMAT, BatchRow, Commit, FileUse, InitCommit, Outcome, read_formatted, read_rows
-from registry.fold import EditRow, Head, advance_head, derive_changes, split_occurrence
+from registry.fold import ASIDE, EditRow, Head, advance_head, derive_changes, split_occurrence
 from registry.index import Index
 from registry.log import CommitLog
 from registry.objects import ObjectStore
@@ -187,7 +187,8 @@ class Stream:
         rows = [row for row in self.index.find_occurrences(identity) if row.seq == seq]
         if not rows:
             raise UnknownNameError(f"edit: expected an occurrence in stream {self.name!r}, found no {name!r}")
-        return rows[-1]
+        # Records of one batch that were never judged share the name of the one that was, and may come after it.
+        return max(rows, key=lambda row: (row.status not in ASIDE, row.position))
 
 
 def open_stream(root: str | Storage, name: str, cache_dir: Path | None = None) -> Stream:
@@ -202,11 +203,35 @@ def open_stream(root: str | Storage, name: str, cache_dir: Path | None = None) -
         FormatError: the root was written by a newer Errata.
     """
     storage = open_storage(root) if isinstance(root, str) else root
+    check_stream(storage, name)
+    return Stream(storage, name, cache_dir)
+
+
+def check_stream(storage: Storage, name: str) -> None:
+    """Raises UnknownNameError, FormatError: see `open_stream`."""
     _check_root(storage)
-    if not _NAME.fullmatch(name) or not storage.exists(_first_commit(name)):
+    if not _NAME.fullmatch(name) or not storage.exists(first_commit(name)):
         known = ", ".join(list_streams(storage)) or "none; `errata init` makes one"
         raise UnknownNameError(f"stream: expected one of {storage.url} ({known}), found {name!r}")
-    return Stream(storage, name, cache_dir)
+
+
+def claim_name(storage: Storage, name: str, versions: dict[str, str]) -> None:
+    """Make sure that a new stream of this name may begin here; the root is made where there is none.
+
+    Raises:
+        InputError: the name is taken, or is no name.
+        UnsafeStorageError: two writers could overwrite each other there.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(f"stream: expected up to 63 of a-z, 0-9, '.', '_', '-', the first a letter or digit; found {name!r}")
+    check_create_if_absent(storage)
+    try:
+        storage.create(ROOT_FILE, canonical_json({"format": FORMAT, "versions": versions}))
+    except KeyExistsError:
+        _check_root(storage)
+    if storage.exists(first_commit(name)):
+        made = CommitLog(storage, f"streams/{name}/commits").read(0).actor
+        raise InputError(f"stream: expected a new name in {storage.url}, found {name!r}, made by {made}")
 
 
 def create_stream(root: str | Storage, name: str, init: InitCommit, manifest: dict[str, object], cache_dir: Path | None = None) -> Stream:
@@ -221,29 +246,26 @@ def create_stream(root: str | Storage, name: str, init: InitCommit, manifest: di
         UnsafeStorageError: two writers could overwrite each other there.
     """
     storage = open_storage(root) if isinstance(root, str) else root
-    if not _NAME.fullmatch(name):
-        raise InputError(f"stream: expected up to 63 of a-z, 0-9, '.', '_', '-', the first a letter or digit; found {name!r}")
-    check_create_if_absent(storage)
-    try:
-        storage.create(ROOT_FILE, canonical_json({"format": FORMAT, "versions": init.versions}))
-    except KeyExistsError:
-        _check_root(storage)
-    objects = ObjectStore(storage, f"streams/{name}/objects")
-    commit = init.model_copy(update={"manifest": objects.put_json(manifest)})
+    claim_name(storage, name, init.versions)
     log = CommitLog(storage, f"streams/{name}/commits")
-    if storage.exists(_first_commit(name)):
-        raise InputError(f"stream: expected a new name in {storage.url}, found {name!r}, made by {log.read(0).actor}")
-    log.append(commit)
+    if any(entry.key != first_commit(name) for entry in storage.list(f"streams/{name}/commits/")):
+        raise InputError(
+            f"stream: expected nothing of {name!r} in {storage.url}, found commits without a first one: what an interrupted "
+            "`errata unbundle` left; repeat it, or take another name"
+        )
+    objects = ObjectStore(storage, f"streams/{name}/objects")
+    log.append(init.model_copy(update={"manifest": objects.put_json(manifest)}))
     return Stream(storage, name, cache_dir)
 
 
 def list_streams(root: str | Storage) -> list[str]:
     """The streams of a root, in order."""
     storage = open_storage(root) if isinstance(root, str) else root
-    return [name for name in storage.list_folders("streams/") if storage.exists(_first_commit(name))]
+    return [name for name in storage.list_folders("streams/") if storage.exists(first_commit(name))]
 
 
-def _first_commit(name: str) -> str:
+def first_commit(name: str) -> str:
+    """The key of what makes a stream exist."""
     return f"streams/{name}/commits/00000000.json"
 
 

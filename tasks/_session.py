@@ -16,6 +16,7 @@ from errata.modeling.loading import Base, load_base
 from errata.profiles import Profile
 from errata.settings import Settings, load_settings
 from registry.shared import BaseRef, fetch_base, get_base, get_moments, get_profile
+from registry.storage.base import Storage
 from registry.stream import Stream, open_stream
 
 
@@ -39,15 +40,19 @@ def open_named(name: str) -> tuple[Settings, Stream]:
 
 def load_model(settings: Settings, stream: Stream) -> Model:
     """Base, profile and editor of a stream's head; the base is kept in memory for the stages that follow."""
-    head = stream.head
+    return load_named(settings, stream.storage, stream.head.base, stream.head.profile, stream.head.editors[0])
+
+
+def load_named(settings: Settings, storage: Storage, base_digest: str, profile_digest: str, editor: str) -> Model:
+    """As `load_model`, for what a root holds under these digests."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    ref = get_base(stream.storage, head.base)
-    folder = None if ref.kind == "hub" else fetch_base(stream.storage, head.base, settings.cache)
-    base = _hold_base(str(folder or ref.source), ref.revision, settings.device, head.base)
-    profile = Profile.model_validate_json(get_profile(stream.storage, head.base, head.profile))
-    moments = Moments.from_bytes(get_moments(stream.storage, profile.solve.moments))
-    return Model(ref, folder, base, profile, make_editor(head.editors[0], profile, moments, base.layout))
+    ref = get_base(storage, base_digest)
+    folder = None if ref.kind == "hub" else fetch_base(storage, base_digest, settings.cache)
+    base = _hold_base(str(folder or ref.source), ref.revision, settings.device, base_digest)
+    profile = Profile.model_validate_json(get_profile(storage, base_digest, profile_digest))
+    moments = Moments.from_bytes(get_moments(storage, profile.solve.moments))
+    return Model(ref, folder, base, profile, make_editor(editor, profile, moments, base.layout))
 
 
 def quiet_transformers() -> None:

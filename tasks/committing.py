@@ -52,7 +52,7 @@ def commit_batch(stream: str, order: str, prepared: Prepared, rounds: list[Round
             seconds[name] = seconds.get(name, 0.0) + value
     draft, outcomes = draft_commit(settings, opened, work, record, rounds, {name: round(value, 3) for name, value in seconds.items()})
     if not dry_run:
-        _commit_once(opened, draft, work)
+        commit_once(opened, draft)
         opened.remove_consumed(draft.files)
         if record.refs:
             forget_pairs(opened, digest_preparation(load_model(settings, opened)), _list_settled(record, rounds))
@@ -193,10 +193,14 @@ def _list_settled(record: PreparedRecord, rounds: Sequence[Round]) -> list[str]:
     return sorted({ref.pairs for ref in record.refs.values()} - waiting)
 
 
-def _commit_once(stream: Stream, draft: Commit, order: Order) -> None:
-    """Commit, unless an earlier try of this stage did and failed afterwards: its commit differs in nothing but the time."""
+def commit_once(stream: Stream, draft: Commit) -> None:
+    """Commit, unless an earlier try of this stage did and failed afterwards: its commit differs in nothing but the time.
+
+    Raises:
+        ConflictError: another writer committed since the head that the draft builds on.
+    """
     if stream.head.seq >= draft.seq and stream.log.read(draft.seq).model_copy(update={"time": draft.time}) == draft:
         return
-    if stream.head.digest != order.parent:
-        raise ConflictError(f"expected commit {order.seq - 1} to be the newest, found {stream.head.seq}: another writer committed first")
+    if stream.head.digest != draft.parent:
+        raise ConflictError(f"expected commit {draft.seq - 1} to be the newest, found {stream.head.seq}: another writer committed first")
     commit(stream, draft, stream.head)

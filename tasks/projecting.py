@@ -18,7 +18,7 @@ from errata.monitors.locality import PROBE_TEXTS
 from errata.monitors.norms import NormPoint, plot_norms
 from errata.report import Report
 from errata.settings import Settings
-from registry.events import EditsCommit
+from registry.events import AcceptedCommit
 from registry.models import ModelRegistry
 from registry.release import Release, Version, resolve_tracking
 from registry.stream import Stream
@@ -79,7 +79,7 @@ def open_registry(settings: Settings) -> ModelRegistry:
     return ModelRegistry(*resolve_tracking(settings.mlflow.tracking_uri, settings.root))
 
 
-def find_unshown(stream: Stream, registry: ModelRegistry, everything: bool) -> list[EditsCommit]:
+def find_unshown(stream: Stream, registry: ModelRegistry, everything: bool) -> list[AcceptedCommit]:
     """Accepted commits without a version, oldest first: those after the newest version, or with `everything` wherever they are."""
     if everything:
         shown = {version.commit for version in registry.list_versions(stream.name)}
@@ -88,10 +88,10 @@ def find_unshown(stream: Stream, registry: ModelRegistry, everything: bool) -> l
         newest = registry.find_newest(stream.name)
         candidates = list(range(newest.commit + 1 if newest else 1, stream.head.seq + 1))
     commits = map(stream.log.read, candidates)
-    return [commit for commit in commits if isinstance(commit, EditsCommit)]
+    return [commit for commit in commits if isinstance(commit, AcceptedCommit)]
 
 
-def build_release(stream: Stream, model: Model, commit: EditsCommit, work: Path) -> Release:
+def build_release(stream: Stream, model: Model, commit: AcceptedCommit, work: Path) -> Release:
     """All that MLflow shows of a commit; its plot is drawn into the folder `work`."""
     manifest = read_manifest(stream, commit.manifest)
     data = stream.objects.get(commit.report) if commit.report else None
@@ -127,7 +127,7 @@ def plot_history(stream: Stream, seq: int, work: Path) -> Path | None:
     points = []
     for earlier in range(seq, 0, -1):
         commit = stream.log.read(earlier)
-        if isinstance(commit, EditsCommit) and commit.report:
+        if isinstance(commit, AcceptedCommit) and commit.report:
             report = Report.from_bytes(stream.objects.get(commit.report))
             points.append(NormPoint(commit=commit.seq, live=report.live or 0, norms=report.norms))
         if len(points) == _PLOTTED:

@@ -7,7 +7,8 @@ it; its weights are wide, so that every prompt has a key of its own. Edits take 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,3 +111,38 @@ def builtin_base() -> Path:
     from errata.settings import load_settings
 
     return ensure_builtin(BUILTIN, load_settings().cache)
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    """A bucket that exists, with AWS_* set so that boto3 finds it."""
+    import boto3
+
+    with pytest.MonkeyPatch.context() as patch:
+        endpoint = os.environ.get("ERRATA_TEST_S3_ENDPOINT")
+        server = None
+        if endpoint is None:
+            from moto.server import ThreadedMotoServer
+
+            server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+            server.start()
+            host, port = server.get_host_and_port()
+            endpoint = f"http://{host}:{port}"
+            patch.setenv("AWS_ACCESS_KEY_ID", "test")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            patch.delenv("AWS_PROFILE", raising=False)
+        patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        if "AWS_DEFAULT_REGION" not in os.environ:
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        bucket = f"errata-test-{uuid.uuid4().hex[:12]}"
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=bucket)
+        yield bucket
+        if server is not None:
+            server.stop()
+        else:
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+                for item in page.get("Contents", ()):
+                    client.delete_object(Bucket=bucket, Key=item["Key"])
+            client.delete_bucket(Bucket=bucket)

@@ -167,6 +167,10 @@ class Editor(Protocol[S]):
         """The artifact of a state; None for a state without edits, which is the base itself."""
         ...
 
+    def solve_exact(self, state: S) -> Mapping[str, torch.Tensor]:
+        """The artifact's weights before they are rounded for storage: parameter name → Δ float64; empty for a state without edits."""
+        ...
+
     def measure_fits(self, state: S, pairs: Pairs) -> torch.Tensor:
         """How much of each pair the solved weights realise: [n] float64 in [0, 1)."""
         ...

@@ -101,7 +101,7 @@ def plot_norms(history: Iterable[NormPoint], path: Path) -> Path:
     axes.set_title(_title(points), fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if points:
+    if any(point.norms for point in points):
         axes.legend(frameon=False, fontsize=8, title="edited weight (dashed: the base)", title_fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

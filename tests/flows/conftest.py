@@ -20,7 +20,7 @@ from errata.edits import Edit
 from errata.manifests import Manifest
 from errata.profiles import PrepareOptions
 from errata.settings import load_settings
-from errata.summary import BatchSummary
+from errata.summary import BatchSummary, RollbackSummary, WithdrawalSummary
 from registry.events import Outcome
 from registry.inbox import drop_file, list_waiting
 from registry.models import ModelRegistry
@@ -52,9 +52,24 @@ class Desk:
         done: list[BatchSummary] = apply_edits("main", **options)
         return done
 
+    def withdraw(self, *edits: str, **options: Any) -> WithdrawalSummary:
+        """Run the flow, with a check of the weights."""
+        from flows.undo import withdraw_edits
+
+        summary: WithdrawalSummary = withdraw_edits("main", list(edits), **{"check": True, **options})
+        return summary
+
+    def roll_back(self, target: str | int, **options: Any) -> RollbackSummary:
+        """Run the flow."""
+        from flows.undo import rollback
+
+        summary: RollbackSummary = rollback("main", str(target), **options)
+        return summary
+
     def statuses(self) -> dict[str, str]:
         """Occurrence → status; a record that shares its occurrence with a judged one is left out."""
-        return {row.occurrence: row.status for row in self.open().index.find_rows("live", "replaced", "quarantined", "rejected", "dropped")}
+        judged = ("live", "replaced", "quarantined", "rejected", "dropped", "withdrawn", "reverted")
+        return {row.occurrence: row.status for row in self.open().index.find_rows(*judged)}
 
     def live(self) -> dict[str, str]:
         """Id → target of every live edit."""

@@ -27,6 +27,7 @@ class Row:
     content: str
     under: str | None = UNDER
     submitted_at: str | None = None
+    withdrawn_at: str | None = None
 
 
 @dataclass
@@ -100,7 +101,9 @@ _EDITS = st.builds(
 )
 _SUBMISSIONS = st.builds(Submission, edit=_EDITS, again=st.booleans(), force=st.booleans())
 _STREAMS = st.lists(_SUBMISSIONS, max_size=12)
-_HISTORIES = st.lists(st.tuples(_EDITS, st.sampled_from(["withdrawn", "quarantined", "rejected", "dropped", "replaced"])), max_size=4)
+_HISTORIES = st.lists(
+    st.tuples(_EDITS, st.sampled_from(["withdrawn", "reverted", "quarantined", "rejected", "dropped", "replaced"])), max_size=4
+)
 
 
 def start(history: list[tuple[Edit, str]], before: list[Submission]) -> Log:
@@ -273,6 +276,7 @@ def test_an_older_edit_is_stale_within_a_batch_too() -> None:
         ("dropped", UNDER, True, True),
         ("withdrawn", "others", False, False),
         ("withdrawn", UNDER, True, True),
+        ("reverted", UNDER, False, True),
     ],
 )
 def test_what_came_before_decides_whether_an_edit_is_tried(status: str, under: str | None, again: bool, written: bool) -> None:
@@ -289,8 +293,24 @@ def test_what_came_before_decides_whether_an_edit_is_tried(status: str, under: s
 @pytest.mark.parametrize(("hours", "written"), [(-1, False), (0, False), (1, True)])
 def test_a_withdrawn_edit_comes_back_if_submitted_after_the_withdrawal(hours: int, written: bool) -> None:
     log = Log()
-    log.add(edit(), "withdrawn", submitted_at=NOON.isoformat())
+    log.add(edit(submitted_at=NOON - timedelta(hours=2)), "withdrawn", withdrawn_at=NOON.isoformat())
     assert bool(propose(log, edit(submitted_at=NOON + timedelta(hours=hours))).additions) is written
+
+
+def test_what_a_rollback_left_behind_does_not_lift_a_withdrawal() -> None:
+    log = Log()
+    row = log.add(edit(id="a"), "withdrawn", withdrawn_at=NOON.isoformat())
+    log.add(edit(id="a"), "reverted")  # insisted upon after the withdrawal, and rolled back
+    assert [(s.outcome, s.by) for s in propose(log, edit(id="a")).settled] == [("withheld", row.occurrence)]
+    assert propose(log, Submission(edit=edit(id="a"), again=True)).additions
+
+
+def test_a_withdrawn_replacement_does_not_bring_back_what_it_replaced() -> None:
+    log = Log()
+    log.add(edit(id="a"), "replaced")
+    log.add(edit(id="a", target="Rome"), "withdrawn")
+    assert outcomes(propose(log, edit(id="a"), edit(id="a", target="Rome"))) == [(0, "withheld"), (1, "withheld")]
+    assert propose(log, edit(id="b")).additions, "the slot is free"
 
 
 def test_a_corrected_edit_is_tried_though_its_id_is_in_quarantine() -> None:

@@ -171,6 +171,15 @@ def test_the_last_round_rejects_what_is_left_and_still_names_the_guilty() -> Non
     assert "KL" in settled["e5"].reason and "did not take" in settled["e0"].reason
 
 
+def test_a_withdrawal_is_judged_as_a_whole() -> None:
+    """It has no edits of its own to drop or to halve."""
+    decision = decide(make_report([], specificity=None), [], GATE)
+    assert (decision.verdict, decision.drop, decision.rest) == ("accept", (), ())
+    decision = decide(make_report([], specificity=None, retention=(0.5, 50), norm=20.0), [], GATE)
+    assert (decision.verdict, decision.drop, decision.rest) == ("reject", (), ())
+    assert any("Retention" in reason for reason in decision.reasons) and any("mean |W|" in reason for reason in decision.reasons)
+
+
 def test_a_report_about_other_edits_is_refused() -> None:
     first = decide(make_report(healthy(8), kl=2.0), [], GATE)
     with pytest.raises(ValueError, match="the 4 edits that round 1 left"):

@@ -5,7 +5,7 @@ under lower updates, which makes them depend on order. Here keys and residuals a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,18 +111,25 @@ class D4S:
 
     def solve(self, state: D4SState) -> WeightDelta | None:
         """See `Editor.solve`. Raises EditorError: the system is singular, or its solution is not finite."""
+        deltas = {name: delta.float() for name, delta in self._solve_layers(state)}
+        return WeightDelta(self._profile.base, deltas) if deltas else None
+
+    def solve_exact(self, state: D4SState) -> dict[str, torch.Tensor]:
+        """See `Editor.solve_exact`. Raises as `solve`."""
+        return dict(self._solve_layers(state))
+
+    def _solve_layers(self, state: D4SState) -> Iterator[tuple[str, torch.Tensor]]:
+        """Layer by layer, so that who rounds the deltas never holds all of them in float64."""
         self._require_own(state)
         if state.count == 0:
-            return None
+            return
         layers = self._profile.prepare.layers
         share = len(layers) if self._profile.solve.spread == "even" else 1
-        deltas = {}
         for layer in layers:
             delta = self._form(state, layer).solve(state.rk[layer] if state.pairs is None else state.pairs.residuals) / share
             if not torch.isfinite(delta).all():
                 raise EditorError(f"layer {layer}: the solved delta is not finite")
-            deltas[self._layout.weight_name(layer)] = delta.float()
-        return WeightDelta(self._profile.base, deltas)
+            yield self._layout.weight_name(layer), delta
 
     def measure_fits(self, state: D4SState, pairs: Pairs) -> torch.Tensor:
         """ρ of each pair, meaned over layers: [n] float64. Near 0 the edit is not written; near 1 λ no longer protects anything."""

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from errata.edits import Edit
-from registry.events import BatchRow, Commit, EditsCommit, FileUse, InitCommit, Outcome, RejectionCommit
+from registry.events import BatchRow, Commit, EditsCommit, FileUse, InitCommit, Outcome, RejectionCommit, RollbackCommit, WithdrawalCommit
 from registry.fold import ASIDE, Changes, EditRow, Head, merge_use, move_row, settle_row, settles
 from registry.storage.base import Storage
 from registry.storage.memory import MemoryStorage
 from registry.stream import Stream, create_stream
+from registry.undoing import compare_live
 
 COMMON: dict[str, Any] = {"actor": "ann", "host": "here", "versions": {"errata": "0.1.0"}, "time": datetime(2026, 11, 1, tzinfo=UTC)}
 EMPTY_MANIFEST: dict[str, object] = {"format": 1, "layers": []}
@@ -109,6 +110,20 @@ class Clerk:
         return RejectionCommit(
             seq=head.seq + 1, parent=head.digest, manifest=head.manifest, outcomes=self.stream.objects.put_rows(outcomes), **COMMON
         )
+
+    def draft_withdrawal(self, rows: Iterable[EditRow], reason: str = "wrong", **fields: Any) -> Commit:
+        """Takes back whatever it is given, live or not."""
+        head, objects = self.stream.head, self.stream.objects
+        outcomes = [{"occurrence": row.occurrence, "outcome": "withdrawn", "reason": reason} for row in rows]
+        content = {"seq": head.seq + 1, "parent": head.digest, "manifest": objects.put_json({"format": 1, "after": head.seq + 1})}
+        return WithdrawalCommit(**{**content, "outcomes": objects.put_rows(outcomes), "promoted": True, **COMMON, **fields})
+
+    def draft_rollback(self, target: int, **fields: Any) -> Commit:
+        """What leaves and comes back is read from the log, as the flow does."""
+        head, objects = self.stream.head, self.stream.objects
+        rows = [outcome.model_dump(mode="json", exclude_none=True) for outcome in compare_live(self.stream, target)]
+        content = {"seq": head.seq + 1, "parent": head.digest, "manifest": self.stream.log.read(target).manifest, "target": target}
+        return RollbackCommit(**{**content, "outcomes": objects.put_rows(rows), **COMMON, **fields})
 
     def changes(self, commit: Commit) -> Changes:
         from registry.fold import derive_changes

@@ -18,7 +18,7 @@ Make = Callable[..., Any]
 
 
 def statuses(stream: Stream) -> dict[str, str]:
-    names = ("live", "replaced", "superseded", "stale", "quarantined", "rejected", "dropped")
+    names = ("live", "replaced", "superseded", "stale", "quarantined", "rejected", "dropped", "withdrawn", "reverted")
     return {row.occurrence: row.status for row in stream.index.find_rows(*names)}
 
 
@@ -129,9 +129,8 @@ records = st.tuples(
     st.sampled_from([None, "a", "b"]),
     st.sampled_from(["live"] * 5 + ["quarantined", "rejected", "stale", "withheld", "refused"]),
 )
-histories = st.lists(
-    st.tuples(st.lists(records, min_size=1, max_size=6), st.sampled_from(["", "", "drop", "checkpoint", "reopen"])), max_size=12
-)
+steps = st.sampled_from(["", "", "drop", "checkpoint", "reopen", "withdraw", "withdraw", "rollback", "rollback"])
+histories = st.lists(st.tuples(st.lists(records, min_size=1, max_size=6), steps, st.integers(0, 20)), max_size=12)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -141,14 +140,25 @@ def test_index_checkpoint_and_plain_fold_agree(start: Make, edit: Make, tables: 
     clerk, plain = start(storage), type(tables)()
     clerk.stream.checkpoints._segment_rows = segment_rows
 
+    live_at: dict[int, set[str]] = {0: set()}
+
     def land(draft: Any) -> None:
         commit(clerk.stream, draft, clerk.stream.head)
         plain.apply(clerk.changes(draft))
+        live_at[draft.seq] = {row.occurrence for row in plain.live()}
 
-    for batch, then in history:
+    for batch, then, number in history:
         land(clerk.draft((edit(subject, target, name=name), verdict) for subject, target, name, verdict in batch))
         if then == "drop":
             land(clerk.draft_drop(list(clerk.stream.index.find_rows("quarantined", "rejected"))))
+        live = list(clerk.stream.index.find_rows("live"))
+        if then == "withdraw" and live:
+            land(clerk.draft_withdrawal(live[: 1 + number % len(live)]))
+        target = clerk.stream.log.read(number % (clerk.stream.head.seq + 1))
+        if then == "rollback" and target.kind != "rejection" and target.manifest != clerk.stream.head.manifest:
+            land(clerk.draft_rollback(target.seq))
+            assert live_at[clerk.stream.head.seq] == live_at[target.seq]
+            assert clerk.stream.head.manifest == target.manifest
         if then == "checkpoint":
             clerk.stream.checkpoints.write(clerk.stream.index)
         if then == "reopen":
@@ -177,7 +187,8 @@ def assert_equal(stream: Stream, plain: Any) -> None:
 
 
 def _standing(rows: list[EditRow]) -> EditRow:
-    for wanted in (("live",), ("quarantined", "rejected", "replaced", "dropped"), ("stale", "superseded")):
+    judged = ("quarantined", "rejected", "replaced", "dropped", "withdrawn", "reverted")
+    for wanted in (("live",), judged, ("stale", "superseded")):
         if found := [row for row in rows if row.status in wanted]:
             return found[-1]
     raise AssertionError(rows)

@@ -1,0 +1,367 @@
+"""The log again as weights: stored pairs are merged in the order they were committed, and what is stored is compared with the result.
+
+Commits, outcomes and pairs are primary: everything else follows from them, and that is what is checked here. z is never computed again.
+Equal bytes can be had only on one machine with one set of libraries and one number of threads. Elsewhere sums differ in their last bits:
+there the solved weights of both are compared in float64, and the stored float32 artifact within its rounding.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from errata.candidates import extend_state, load_state, merge_refs, spell_changes, start_manifest
+from errata.editors.artifacts import load_artifact
+from errata.editors.base import Blobs, Editor
+from errata.edits import digest_of
+from errata.errors import BaseMismatchError, EditorError, KeyMissingError, ObjectCorruptError
+from errata.findings import Finding, FindingState, describe_fault, find_fault
+from errata.manifests import Layer, Manifest, PairRef, StateRef
+
+RELATIVE = 1e-8
+"""Most that weights of two machines may differ by, in float64, as ‖ours − theirs‖ / ‖theirs‖."""
+ROUNDING = 2.0**-23
+"""The same for weights that were stored in float32."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one commit does to the state, as its outcomes say it."""
+
+    remove: tuple[PairRef, ...] = ()
+    add: tuple[PairRef, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One accepted commit."""
+
+    seq: int
+    parent: int
+    """The accepted commit before."""
+    manifest: str
+    restates: int | None = None
+    """The commit whose state it takes over; else what it did is asked for."""
+    rebuilt: bool = False
+    """Its objects stand in for those of the commit before, of which some are gone."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the replay stands after a commit."""
+
+    state: Any
+    recipe: str
+    manifest: Manifest | None
+    """None where it is lost and cannot be made again."""
+
+
+@dataclass(frozen=True)
+class Remade:
+    """The state of a commit in new objects, where some of its own are gone for good."""
+
+    manifest: str
+    instead_of: frozenset[str]
+    """Digests that nobody needs any more."""
+
+
+@dataclass
+class Replay:
+    """A walk over the accepted commits of one stream, from the first one on.
+
+    Memory holds one state, one commit's pairs, and a few numbers per commit.
+    """
+
+    blobs: Blobs
+    editor: Editor[Any]
+    base: str
+    profile: str
+    read_step: Callable[[int], Step | None]
+    """What a commit did to the state of its parent; None where that is lost."""
+    mend: bool
+    """Store what was damaged and comes out equal."""
+    findings: list[Finding] = field(default_factory=list)
+    compared: Counter[str] = field(default_factory=Counter)
+    """How weights were compared (`bits`, `float64`, `float32`) → commits."""
+    worst: float = 0.0
+    """Largest relative difference where they were not equal to the bit."""
+    unverified: list[int] = field(default_factory=list)
+    """Commits that could not be compared, because pairs or outcomes before them are lost."""
+    parted: bool = False
+    """The recipes differ, or the pairs do not fit: nothing after that commit can agree."""
+    _point: Point | None = None
+    _parents: dict[int, int] = field(default_factory=dict)
+    _restated: dict[int, int] = field(default_factory=dict)
+    _snapshots: set[int] = field(default_factory=set)
+    _known: dict[str, Manifest] = field(default_factory=dict)
+    """Damaged manifests that were made again."""
+    _gone: dict[str, FindingState] = field(default_factory=dict)
+    """What is damaged, each reported once."""
+    _named: set[str] = field(default_factory=set)
+    """Digests that the last commit's manifest names, and its own."""
+
+    @property
+    def recipe(self) -> str | None:
+        """After the last commit; None where it cannot be known."""
+        return self._point.recipe if self._point else None
+
+    def follow(self, entry: Entry, *, solve: bool, remake: bool = False) -> Remade | None:
+        """Go on to the next accepted commit and compare.
+
+        Args:
+            solve: compare the weights, too; else they are solved only where they are needed to mend something.
+            remake: where an object that this commit's manifest names cannot be made again bit for bit, store others in their place.
+
+        Returns:
+            The new manifest, if one was made.
+
+        Raises:
+            StorageError: the storage fails, which is not the same as an object that is missing or damaged.
+        """
+        before = self._point
+        self._parents[entry.seq] = entry.parent
+        if entry.restates is not None:
+            self._restated[entry.seq] = entry.restates
+        step = self.read_step(entry.seq) if entry.restates is None and entry.seq else None
+        changes = spell_changes(step.add, step.remove) if step else None
+        reached = self._reach(entry, step)
+        if self.parted:
+            return None
+        stored = self._find_manifest(entry, before, reached, changes)
+        named, self._named = self._named, list_named(entry.manifest, stored)
+        if entry.rebuilt:
+            self.settle(named - self._named)
+        if reached is None:
+            self._point = self._resume(entry, stored, changes)
+            return None
+        if stored is not None:
+            reached = self._compare(entry, stored, reached, changes, solve)
+        self._point = Point(reached.state, reached.recipe, stored)
+        return self._remake(stored, reached) if remake and self.mend and not self.parted else None
+
+    def settle(self, digests: Set[str]) -> None:
+        """A rebuild commit points to other objects instead of these."""
+        for index, finding in enumerate(self.findings):
+            if finding.state == "unequal" and finding.digest in digests:
+                said = describe_fault(finding.detail.partition(";")[0], "replaced")
+                self.findings[index] = finding.model_copy(update={"state": "replaced", "detail": said})
+
+    # To the state after a commit
+
+    def _begin(self) -> Point:
+        first = start_manifest(self.editor, self.base, self.profile)
+        return Point(self.editor.empty_state(), first.recipe, first)
+
+    def _reach(self, entry: Entry, step: Step | None) -> Point | None:
+        if entry.seq == 0:
+            return self._begin()
+        if entry.restates is not None:
+            same = self._origin(entry.restates) == self._origin(entry.parent)
+            return self._point if same else self._restate(self._origin(entry.restates))
+        if self._point is None or step is None:
+            return None
+        try:
+            return self._merge(self._point, step)
+        except (EditorError, BaseMismatchError) as error:
+            self._note(entry.seq, "pairs", "differs", f"the pairs it names do not fit the state: {error}")
+            self.parted = True
+        except (KeyMissingError, ObjectCorruptError):
+            pass  # reported with the commit that stored them
+        return None
+
+    def _merge(self, point: Point, step: Step) -> Point:
+        merged = merge_refs(self.blobs, self.editor, point.state, point.recipe, step.add, step.remove)
+        return Point(merged.state, merged.recipe, None)
+
+    def _origin(self, seq: int) -> int:
+        """The commit that first made the state of commit `seq`."""
+        while seq in self._restated:
+            seq = self._restated[seq]
+        return seq
+
+    def _restate(self, seq: int) -> Point | None:
+        """The state after an earlier commit, replayed once more along the commits it stands on."""
+        line = []
+        while seq:
+            line.append(seq)
+            seq = self._origin(self._parents[seq])
+        point = self._begin()
+        for earlier in reversed(line):
+            step = self.read_step(earlier)
+            if step is None:
+                return None
+            try:
+                point = self._merge(point, step)
+            except (KeyMissingError, ObjectCorruptError):
+                return None
+            if earlier in self._snapshots:
+                point = Point(self.editor.load_state(point.state.to_bytes()), point.recipe, None)
+        return point
+
+    def _resume(self, entry: Entry, stored: Manifest | None, changes: bytes | None) -> Point | None:
+        """After a loss: nothing can be compared until a snapshot, whose sums are taken as they are stored."""
+        self.unverified.append(entry.seq)
+        if stored is None:
+            return None
+        layer = stored.layers[0]
+        if layer.state.pairs_since and changes is not None and digest_of(changes) == layer.state.pairs_since[-1]:
+            self._check(entry.seq, "change list", layer.state.pairs_since[-1], changes)
+        if layer.artifact:
+            self._check(entry.seq, "artifact", layer.artifact, None)
+        snapshot = layer.state.snapshot
+        if snapshot is None or layer.state.pairs_since or not self._check(entry.seq, "snapshot", snapshot, None):
+            return None
+        self._snapshots.add(entry.seq)
+        return Point(self.editor.load_state(self.blobs.get(snapshot)), stored.recipe, stored)
+
+    # What is stored, and whether it is the same
+
+    def _find_manifest(self, entry: Entry, before: Point | None, reached: Point | None, changes: bytes | None) -> Manifest | None:
+        fault = find_fault(self.blobs, entry.manifest)
+        if fault is None:
+            return Manifest.from_bytes(self.blobs.get(entry.manifest))
+        if entry.manifest in self._known:
+            return self._known[entry.manifest]
+        if reached is not None:
+            for guess in self._guess_manifests(entry, before, reached, changes):
+                if guess.digest == entry.manifest:
+                    self._check(entry.seq, "manifest", entry.manifest, guess.to_bytes())
+                    self._known[entry.manifest] = guess
+                    return guess
+        self._report(entry.seq, "manifest", entry.manifest, fault, equal=False)
+        return None
+
+    def _guess_manifests(self, entry: Entry, before: Point | None, reached: Point, changes: bytes | None) -> Iterator[Manifest]:
+        """What the manifest of a commit can have been: with a snapshot, or without."""
+        if entry.seq == 0:
+            yield start_manifest(self.editor, self.base, self.profile)
+        if before is None or before.manifest is None or changes is None:
+            return
+        layer = before.manifest.layers[0]
+        artifact = self.editor.solve(reached.state)
+        weights = digest_of(artifact.to_bytes()) if artifact else None
+        for state in (extend_state(layer.state, digest_of(changes)), StateRef(snapshot=digest_of(reached.state.to_bytes()))):
+            built = layer.model_copy(update={"artifact": weights, "state": state})
+            yield before.manifest.model_copy(update={"layers": (built,), "recipe": reached.recipe})
+
+    def _compare(self, entry: Entry, stored: Manifest, reached: Point, changes: bytes | None, solve: bool) -> Point:
+        """The point to go on from: where a snapshot was taken, the state is read back from it, as the next batch does."""
+        seq, layer = entry.seq, stored.layers[0]
+        if (stored.base, stored.profile, stored.recipe) != (self.base, self.profile, reached.recipe):
+            self._note(seq, "recipe", "differs", f"expected {reached.recipe} from the log, found {stored.recipe} in the manifest")
+            self.parted = True
+            return reached
+        if changes is not None and layer.state.pairs_since:
+            ours = digest_of(changes)
+            if layer.state.pairs_since[-1] != ours:
+                self._note(seq, "change list", "differs", f"expected {ours} from the outcomes, found {layer.state.pairs_since[-1]}")
+            else:
+                self._check(seq, "change list", ours, changes)
+        elif changes is not None and layer.state.snapshot is None:
+            self._note(seq, "manifest", "differs", "expected a state, found none", entry.manifest)
+        self._compare_weights(seq, layer, reached, solve)
+        if layer.state.snapshot is None or layer.state.pairs_since:
+            return reached
+        data = reached.state.to_bytes()
+        self._check(seq, "snapshot", layer.state.snapshot, data)
+        self._snapshots.add(seq)
+        return Point(self.editor.load_state(data), reached.recipe, stored)
+
+    def _compare_weights(self, seq: int, layer: Layer, reached: Point, solve: bool) -> None:
+        fault = find_fault(self.blobs, layer.artifact) if layer.artifact else None
+        if not solve and fault is None:
+            return
+        artifact = self.editor.solve(reached.state)
+        data = artifact.to_bytes() if artifact else None
+        ours = digest_of(data) if data else None
+        if ours == layer.artifact:
+            self.compared["bits"] += 1
+            if data is not None:
+                self._check(seq, "artifact", digest_of(data), data)
+        elif layer.artifact is None or ours is None:
+            found, expected = ("none", "some") if ours else ("some", "none")
+            self._note(seq, "artifact", "differs", f"expected {expected}, found {found}", layer.artifact)
+        elif fault is not None:
+            self._report(seq, "artifact", layer.artifact, fault, equal=False)
+        else:
+            self._measure(seq, layer, reached)
+
+    def _measure(self, seq: int, layer: Layer, reached: Point) -> None:
+        """Compare weights whose bytes differ."""
+        assert layer.artifact is not None
+        exact = self.editor.solve_exact(reached.state)
+        gap, bound, how = measure_gap(exact, load_artifact(self.blobs.get(layer.artifact)).deltas), ROUNDING, "float32"
+        if gap <= bound:
+            try:
+                theirs = self.editor.solve_exact(load_state(self.blobs, self.editor, layer.state))
+                gap, bound, how = measure_gap(exact, theirs), RELATIVE, "float64"
+            except (KeyMissingError, ObjectCorruptError):
+                pass  # its state is not whole: the stored weights must do
+        self.worst = max(self.worst, gap)
+        if gap <= bound:
+            self.compared[how] += 1
+        else:
+            said = f"expected weights within {bound:.1e} ({how}) of those of the stored pairs, found them {gap:.1e} apart"
+            self._note(seq, "artifact", "differs", said, layer.artifact)
+
+    def _remake(self, stored: Manifest | None, reached: Point) -> Remade | None:
+        gone = {digest for digest in self._named if self._gone.get(digest) == "unequal"}
+        if not gone:
+            return None
+        layer = stored.layers[0] if stored else Layer(editor=self.editor.name, editor_version=self.editor.version)
+        changed: dict[str, Any] = {}
+        if stored is None or layer.artifact in gone:
+            artifact = self.editor.solve(reached.state)
+            changed["artifact"] = self.blobs.put(artifact.to_bytes()) if artifact else None
+        if stored is None or {layer.state.snapshot, *layer.state.pairs_since} & gone:
+            changed["state"] = StateRef(snapshot=self.blobs.put(reached.state.to_bytes()))
+        built = layer.model_copy(update=changed)
+        manifest = Manifest(base=self.base, profile=self.profile, layers=(built,), recipe=reached.recipe)
+        return Remade(self.blobs.put(manifest.to_bytes()), frozenset(gone))
+
+    def _check(self, seq: int, what: str, digest: str, data: bytes | None) -> bool:
+        """Whether a stored object is intact, or is now.
+
+        Args:
+            data: what the replay makes of it.
+        """
+        fault = find_fault(self.blobs, digest)
+        if fault is None:
+            return True
+        equal = data is not None and digest_of(data) == digest
+        if equal and data is not None and self.mend:
+            self.blobs.put(data)
+        self._report(seq, what, digest, fault, equal=equal)
+        return equal and self.mend
+
+    def _report(self, seq: int, what: str, digest: str, fault: str, *, equal: bool) -> None:
+        if digest in self._gone:
+            return
+        state: FindingState = ("mended" if self.mend else "mendable") if equal else "unequal"
+        self._gone[digest] = state
+        self._note(seq, what, state, describe_fault(fault, state), digest)
+
+    def _note(self, seq: int, what: str, state: FindingState, detail: str, digest: str | None = None) -> None:
+        self.findings.append(Finding(commit=seq, what=what, state=state, detail=detail, digest=digest))
+
+
+def measure_gap(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
+    """Largest ‖ours − theirs‖ / ‖theirs‖ over the weights, in float64; infinite where they are of other weights or shapes."""
+    if {name: delta.shape for name, delta in ours.items()} != {name: delta.shape for name, delta in theirs.items()}:
+        return math.inf
+    gaps = []
+    for name, delta in theirs.items():
+        wanted = delta.double()
+        gap, scale = float((ours[name].double() - wanted).norm()), float(wanted.norm())
+        gaps.append(gap / scale if scale else gap and math.inf)
+    return max((gap if math.isfinite(gap) else math.inf for gap in gaps), default=0.0)
+
+
+def list_named(digest: str, manifest: Manifest | None) -> set[str]:
+    """A manifest's own digest and those that it names."""
+    states = [layer.state for layer in manifest.layers] if manifest else []
+    named = {digest, *(manifest.artifacts if manifest else ())}
+    return named | {name for state in states for name in (state.snapshot, *state.pairs_since) if name}

@@ -1,0 +1,66 @@
+"""What the commands of the console share: options, output, questions, and the way into the inbox. Imports nothing heavy."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from errata.edits import Submission, canonical_json, digest_of
+from errata.settings import Settings, load_settings
+from registry.inbox import drop_file
+from registry.stream import Stream, open_stream
+
+EPILOG = "Exit codes: 0 done, 1 fault, 2 bad input, 3 refused by the gate, 4 conflict with another writer."
+REFUSED = 3
+
+StreamName = Annotated[str | None, typer.Option("--stream", "-s", help="Stream; the default is in errata.toml.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+out = Console()
+
+
+def open_here(name: str | None) -> tuple[Settings, Stream]:
+    settings = load_settings(stream=name)
+    return settings, open_stream(settings.root, settings.stream, settings.cache)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def ready_prefect(settings: Settings) -> None:
+    """Prefect reads these while it is imported. Its local database goes to our cache folder, its own reports to nobody."""
+    os.environ.setdefault("PREFECT_HOME", str(settings.cache / "prefect"))
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised here and printed once
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask where somebody can answer."""
+    if not yes and sys.stdin.isatty() and sys.stdout.isatty() and not typer.confirm(question):
+        raise typer.Exit(0)
+
+
+def spell_submission(record: Submission) -> bytes:
+    """A submission as a line of an inbox file."""
+    line = record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True) | {"origin": record.origin}
+    return canonical_json(line | {name: True for name in ("again", "force") if getattr(record, name)})
+
+
+def drop_lines(stream: Stream, lines: Sequence[bytes]) -> str:
+    """Leave lines in the inbox under a name that says when; its name.
+
+    A file is consumed once, by its digest. Who submits the same lines again at the console means it: an empty line more makes them
+    another file.
+    """
+    data = b"\n".join(lines) + b"\n"
+    while stream.index.find_file(digest_of(data)) is not None:
+        data += b"\n"
+    return drop_file(stream, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{digest_of(data)[:8]}.jsonl", data)

@@ -1,0 +1,65 @@
+"""`withdraw_edits` and `rollback`: facts are taken back, or the champion becomes an earlier state again. History is never rewritten."""
+
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from errata.errors import ConflictError
+from errata.summary import RollbackSummary, WithdrawalSummary
+from tasks.projecting import project_versions
+from tasks.undoing import commit_rollback, commit_withdrawal, draft_rollback, judge_withdrawal, order_withdrawal, subtract_pairs
+
+MAX_CONFLICTS = 5
+"""How often in a row the work is started again because another writer committed first."""
+
+
+@flow(name="withdraw-edits")
+def withdraw_edits(stream: str, edits: list[str], reason: str = "", dry_run: bool = False, check: bool = False) -> WithdrawalSummary:
+    """Take live edits back: the model is as if they had never come, and a version of its own says so.
+
+    Args:
+        stream: whose edits.
+        edits: ids, beginnings of ids, or occurrences `<id>@<seq>`.
+        reason: for the log.
+        dry_run: subtract, evaluate and judge, and commit nothing.
+        check: compare the weights with a rebuild from all remaining pairs.
+
+    Returns:
+        What became of it. A refusal by the gate is a result; a fault is raised.
+    """
+    for conflicts in range(MAX_CONFLICTS + 1):
+        order = order_withdrawal(stream, edits, reason)
+        judged = judge_withdrawal(stream, order, subtract_pairs(stream, order), check)
+        try:
+            summary = commit_withdrawal(stream, order, judged, dry_run)
+            break
+        except ConflictError as conflict:
+            if conflicts == MAX_CONFLICTS:
+                raise
+            get_run_logger().warning("%s; the edits are subtracted and judged again", conflict)
+    if not dry_run:
+        project_versions(stream)
+    return summary
+
+
+@flow(name="rollback")
+def rollback(stream: str, target: str, reason: str = "", dry_run: bool = False) -> RollbackSummary:
+    """Serve the state of an earlier commit again, whatever came after it. The next batch builds on that state.
+
+    Args:
+        stream: whose champion.
+        target: a commit (`12`, `head~1`) or a version (`v3`).
+        reason: for the log.
+        dry_run: say what would leave and come back, and commit nothing.
+    """
+    for conflicts in range(MAX_CONFLICTS + 1):
+        draft = draft_rollback(stream, target, reason)
+        try:
+            summary = commit_rollback(stream, draft, dry_run)
+            break
+        except ConflictError as conflict:
+            if conflicts == MAX_CONFLICTS:
+                raise
+            get_run_logger().warning("%s; what leaves and comes back is worked out again", conflict)
+    if not dry_run:
+        project_versions(stream)
+    return summary

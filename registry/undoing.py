@@ -1,0 +1,128 @@
+"""What a withdrawal or a rollback would change: read from the log and its tables, before anything is computed."""
+
+from typing import NamedTuple
+
+from errata.errors import InputError, UnknownNameError
+from registry.events import AcceptedCommit, InitCommit, Outcome, RollbackCommit, Standing
+from registry.fold import EditRow, split_occurrence
+from registry.stream import Stream
+
+
+def choose_live(stream: Stream, names: list[str]) -> list[EditRow]:
+    """The live edits that somebody means to take back, each once.
+
+    Raises:
+        InputError: no names, or one that is not that of a live edit; the message says for each what it is instead.
+    """
+    rows: dict[str, EditRow] = {}
+    faults = []
+    for name in names:
+        try:
+            row = stream.resolve_edit(name)
+        except UnknownNameError as error:
+            faults.append(str(error))
+            continue
+        if row.status == "live":
+            rows[row.occurrence] = row
+        else:
+            faults.append(f"{row.occurrence}: {_explain(row)}")
+    if faults or not rows:
+        raise InputError(f"withdraw: expected live edits, found {'; '.join(faults) or 'none'}. Nothing was withdrawn")
+    return list(rows.values())
+
+
+def _explain(row: EditRow) -> str:
+    """Why an edit that is not live cannot be withdrawn."""
+    match row.status:
+        case "withdrawn":
+            return f"it is withdrawn already ({row.reason})"
+        case "replaced":
+            return f"it was replaced by {row.by}: its pairs are subtracted already"
+        case "reverted":
+            return f"it is not live any more ({row.reason})"
+        case "quarantined" | "rejected":
+            return f"it was never written, it is {row.status}: `errata quarantine drop` gives it up"
+        case _:
+            return f"it was never written, it is {row.status}"
+
+
+def choose_target(stream: Stream, seq: int) -> AcceptedCommit | InitCommit:
+    """The commit whose state a rollback to commit `seq` serves again: the newest accepted one up to it.
+
+    Raises:
+        InputError: that state is served already.
+    """
+    target = stream.log.read(seq)
+    while not isinstance(target, AcceptedCommit | InitCommit):
+        target = stream.log.read(target.seq - 1)
+    head = stream.head
+    if target.manifest == head.manifest:
+        what = "it is the newest" if seq == head.seq else f"commit {seq} has the same manifest as commit {head.accepted}"
+        raise InputError(f"rollback: expected an earlier state than the one that is served, found commit {seq}: {what}")
+    return target
+
+
+def compare_live(stream: Stream, target: int) -> list[Outcome]:
+    """Which occurrences leave and which come back when the state of commit `target` is served again, in order of arrival.
+
+    Read from the outcomes of the commits in between only. What existed at the target and has left or come back since stands again as it
+    stood then; what has come since and is live is reverted. Everything else stays as it is: a withdrawal of something newer than the
+    target stays a withdrawal.
+    """
+    first: dict[str, Outcome] = {}
+    for seq in range(target + 1, stream.head.seq + 1):
+        for outcome in stream.read_outcomes(stream.log.read(seq)):
+            if outcome.occurrence and outcome.outcome in ("live", "replaced", "withdrawn", "reverted"):
+                first.setdefault(outcome.occurrence, outcome)
+    changed = []
+    for occurrence, outcome in first.items():
+        row = stream.resolve_edit(occurrence)
+        # Whatever left without a word on how it stood had been live.
+        was = outcome.before or Standing(status="live")
+        if split_occurrence(occurrence)[1] > target:
+            was = Standing(status="reverted", reason=f"came after commit {target}, which is served again")
+        if (was.status == "live") == (row.status == "live"):
+            continue
+        before = Standing.model_validate({"status": row.status, "by": row.by, "reason": row.reason, "since": row.withdrawn_at})
+        back = Outcome(outcome=was.status, occurrence=occurrence, by=was.by, reason=was.reason, since=was.since, before=before)
+        changed.append(((row.seq, row.position), back))
+    return [outcome for _, outcome in sorted(changed, key=lambda item: item[0])]
+
+
+class Gone(NamedTuple):
+    """What a rollback took out of the model and has not come back since."""
+
+    rows: list[EditRow]
+    """Nothing stands in the way of these."""
+    overtaken: list[tuple[EditRow, EditRow]]
+    """With a newer edit that holds the same id or slot now."""
+
+
+def find_gone(stream: Stream, rollback: int | None = None) -> tuple[int, Gone]:
+    """What the rollback commit `rollback`, or the newest one, took out, in order of arrival, with the commit's number.
+
+    Raises:
+        InputError: there is no rollback, or the commit is none.
+    """
+    commit = stream.log.read(rollback if rollback is not None else _find_newest(stream))
+    if not isinstance(commit, RollbackCommit):
+        raise InputError(f"resubmit: expected a rollback, found commit {commit.seq} of kind {commit.kind}")
+    gone = Gone([], [])
+    for outcome in stream.read_outcomes(commit):
+        row = stream.resolve_edit(outcome.occurrence or "")
+        if outcome.outcome == "live" or row.status == "live":
+            continue
+        holders = [held for held in (stream.index.find_edit(row.id), stream.index.find_slot(row.slot)) if held and held.status == "live"]
+        newer = next((held for held in holders if held.seq > commit.seq), None)
+        if newer is None:
+            gone.rows.append(row)
+        elif newer.content != row.content:
+            gone.overtaken.append((row, newer))
+    return commit.seq, gone
+
+
+def _find_newest(stream: Stream) -> int:
+    for seq in range(stream.head.seq, 0, -1):
+        if isinstance(stream.log.read(seq), RollbackCommit):
+            return seq
+    raise InputError(f"resubmit: expected a rollback in stream {stream.name!r}, found none")

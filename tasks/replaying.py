@@ -1,0 +1,184 @@
+"""The log as an object of doubt: every object that it names is read, the stored pairs are merged again, and what is found is reported.
+
+What follows from the log (manifests, change lists, snapshots, artifacts) is made again. What the log stands on (commits, outcomes, batches,
+pairs, reports, raw files) is nowhere else: a loss is named, with the edits that it affects.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+from errata.errors import ConflictError, FormatError, KeyMissingError, ObjectCorruptError, UnknownNameError
+from errata.findings import Finding, RebuildReport, find_fault
+from errata.manifests import PairRef
+from errata.replay import Entry, Remade, Replay, Step
+from errata.settings import Settings, load_settings
+from registry.commit import commit as make_commit
+from registry.events import Commit, EditsCommit, InitCommit, Outcome, RebuildCommit, RollbackCommit, WithdrawalCommit
+from registry.fold import Head
+from registry.history import History, is_accepted, list_named, open_history
+from registry.stream import open_stream
+from tasks._progress import show_progress
+from tasks._session import load_named
+from tasks._task import stage
+from tasks.committing import describe_writer
+
+_MEANING = {
+    "pairs": "keys and residuals of these edits are nowhere else: they cannot be subtracted, nor can what was built on them be made again",
+    "outcomes": "what became of these records is nowhere else: which of them were accepted, and what they replaced",
+    "batch": "the text of these edits is nowhere else, but for the raw file that they came in",
+    "report": "what was measured of this commit is nowhere else; no edit is affected",
+    "file": "the lines as they were sent are nowhere else; the edits are in the batch",
+}
+"""What a loss means."""
+_LOST = (FormatError, KeyMissingError, ObjectCorruptError)
+
+
+@stage
+def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
+    """Walk the log up to commit `to` (None: its head), compare, and mend what can be mended, unless only a check is wanted.
+
+    Raises:
+        UnknownNameError: no such stream or commit.
+        ConflictError: another writer committed, and what was made again is not that of the newest state any more.
+    """
+    settings, begun = load_settings(stream=stream), time.perf_counter()
+    history = open_history(settings.root, settings.stream)
+    findings: list[Finding] = []
+    head, goal = _read_ends(history, to, findings)
+    if head is None:
+        return RebuildReport(
+            stream=history.name,
+            to=0,
+            check=check,
+            recipe=None,
+            compared={},
+            worst=0.0,
+            unverified=(),
+            findings=tuple(findings),
+            seconds=time.perf_counter() - begun,
+        )
+    last = head.seq if to is None else to
+    if last > head.seq and not findings:
+        raise UnknownNameError(f"commit: expected 0 to {head.seq} in stream {history.name!r}, found {to}")
+    model = load_named(settings, history.storage, head.base, head.profile, head.editors[0])
+    replay = Replay(history.objects, model.editor, head.base, head.profile, _remember_steps(history), mend=not check)
+    remade: Remade | None = None
+    parent = 0
+    with show_progress("replaying commits") as on_progress:
+        for commit, position in history.walk():
+            if commit.seq > last or replay.parted:
+                break
+            replay.findings += _check_primary(history, commit)
+            if is_accepted(commit):
+                whole = not findings and commit.seq == head.accepted
+                solve = commit.seq == goal or (check and not isinstance(commit, RollbackCommit))
+                remade = replay.follow(_build_entry(commit, parent), solve=solve, remake=whole)
+            parent = position.accepted
+            on_progress(commit.seq + 1, last + 1)
+    made = None
+    if remade is not None:
+        made = commit_rebuilt(settings, head, remade.manifest)
+        replay.settle(remade.instead_of)
+    return RebuildReport(
+        stream=history.name,
+        to=min(last, head.seq),
+        check=check,
+        recipe=replay.recipe,
+        compared=dict(replay.compared),
+        worst=replay.worst,
+        unverified=tuple(replay.unverified),
+        findings=(*replay.findings, *findings),
+        commit=made,
+        seconds=round(time.perf_counter() - begun, 3),
+    )
+
+
+def commit_rebuilt(settings: Settings, head: Head, manifest: str) -> int:
+    """Point to a manifest that says the same as the head's in other objects; the number of the commit.
+
+    Raises:
+        ConflictError: the head has moved on.
+    """
+    stream = open_stream(settings.root, settings.stream, settings.cache)
+    if stream.head.digest != head.digest:
+        raise ConflictError(f"expected commit {head.seq} to be the newest, found {stream.head.seq}: another writer committed. Run it again")
+    draft = RebuildCommit(
+        seq=head.seq + 1,
+        parent=head.digest,
+        of=head.accepted,
+        manifest=manifest,
+        report=stream.log.read(head.accepted).report,
+        decision="rebuilt",
+        reasons=(f"objects of commit {head.accepted} were damaged, and come out with other bytes on this machine",),
+        **describe_writer(settings),
+    )
+    return make_commit(stream, draft, head).seq
+
+
+def derive_step(history: History, commit: Commit) -> Step | None:
+    """What an accepted commit does to the state, from its outcomes and those of the commits whose edits leave; None where they are lost."""
+    try:
+        outcomes = history.read_outcomes(commit)
+        leaving = dict.fromkeys(outcome.occurrence or "" for outcome in outcomes if outcome.outcome in ("replaced", "withdrawn"))
+        remove = [history.find_pair(occurrence) for occurrence in leaving]
+    except _LOST:
+        return None
+    coming = [outcome for outcome in outcomes if outcome.outcome == "live"]
+    add = tuple(PairRef(pairs=outcome.pairs or "", row=outcome.row or 0) for outcome in coming)
+    return Step(remove=tuple(PairRef(pairs=pairs, row=row) for pairs, row in remove), add=add)
+
+
+def _remember_steps(history: History) -> Callable[[int], Step | None]:
+    return lambda seq: derive_step(history, history.log.read(seq))
+
+
+def _read_ends(history: History, to: int | None, findings: list[Finding]) -> tuple[Head | None, int]:
+    """The head of the readable part of the log, and the newest accepted commit up to `to`. Where the log is broken, that is a finding."""
+    head: Head | None = None
+    goal = 0
+    for commit, position in history.walk():
+        head = position
+        if to is None or commit.seq <= to:
+            goal = position.accepted
+    broken = history.find_break(head)
+    if broken is not None:
+        detail = f"{broken.reason}. It is nowhere else, and nothing from it on can be read; what is before it is intact"
+        findings.append(Finding(commit=broken.seq, what="commit", state="lost", detail=detail))
+    return head, goal
+
+
+def _build_entry(commit: Commit, parent: int) -> Entry:
+    manifest = commit.manifest or ""
+    match commit:
+        case RollbackCommit(target=target):
+            return Entry(commit.seq, parent, manifest, restates=target)
+        case RebuildCommit(of=of):
+            return Entry(commit.seq, parent, manifest, restates=of, rebuilt=True)
+        case InitCommit() | EditsCommit() | WithdrawalCommit():
+            return Entry(commit.seq, parent, manifest)
+    raise AssertionError(f"{commit.name} is no accepted commit")
+
+
+def _check_primary(history: History, commit: Commit) -> Iterator[Finding]:
+    """What of a commit's own objects is lost."""
+    for what, digest in list_named(commit):
+        fault = find_fault(history.objects, digest)
+        if fault is not None:
+            edits = tuple(_list_affected(history, commit, what, digest))
+            yield Finding(commit=commit.seq, what=what, state="lost", detail=f"{fault}; {_MEANING[what]}", digest=digest, edits=edits)
+
+
+def _list_affected(history: History, commit: Commit, what: str, digest: str) -> Iterator[str]:
+    """Occurrences that a lost object leaves without something."""
+    try:
+        if what == "outcomes":
+            yield from (row.occurrence for row in history.read_batch(commit))
+        elif what in ("pairs", "batch"):
+            outcomes = history.read_outcomes(commit)
+            yield from (row.occurrence for row in outcomes if row.occurrence and _hangs_on(row, commit, what, digest))
+    except _LOST:
+        return  # lost together: each is a finding of its own
+
+
+def _hangs_on(outcome: Outcome, commit: Commit, what: str, digest: str) -> bool:
+    return outcome.pairs == digest if what == "pairs" else outcome.occurrence is not None and outcome.occurrence.endswith(f"@{commit.seq}")

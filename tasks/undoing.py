@@ -1,0 +1,218 @@
+"""Taking back: edits that are withdrawn, and the champion that becomes an earlier state again."""
+
+import re
+import time
+
+from errata.candidates import build_candidate, load_artifacts
+from errata.errors import KeyMissingError
+from errata.evaluation.consistency import measure_consistency
+from errata.evaluation.evaluate import evaluate_candidate
+from errata.exactness import measure_exactness
+from errata.gate import decide
+from errata.manifests import Manifest, PairRef
+from errata.monitors.locality import PROBE_TEXTS
+from errata.report import Report
+from errata.rounds import Round
+from errata.summary import RollbackSummary, WithdrawalSummary
+from errata.world import FILLER
+from registry.events import Commit, Outcome, RejectionCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
+from registry.fold import EditRow
+from registry.orders import WithdrawalOrder
+from registry.stream import Stream
+from registry.undoing import choose_live, choose_target, compare_live
+from tasks._progress import show_progress
+from tasks._session import load_model, open_named, read_manifest
+from tasks._task import stage
+from tasks.committing import commit_once, describe_writer
+from tasks.evaluating import read_retention
+from tasks.projecting import open_registry
+
+_VERSION = re.compile(r"v(\d{1,8})")
+
+
+@stage
+def order_withdrawal(stream: str, edits: list[str], reason: str) -> str:
+    """The live edits that are meant, as a stored order.
+
+    Raises:
+        InputError: one of them is unknown, or not live.
+    """
+    _, opened = open_named(stream)
+    rows, head = choose_live(opened, edits), opened.head
+    occurrences = tuple(row.occurrence for row in sorted(rows, key=lambda row: (row.seq, row.position)))
+    order = WithdrawalOrder(seq=head.seq + 1, parent=head.digest, manifest=head.manifest, occurrences=occurrences, reason=reason)
+    return order.store(opened.objects)
+
+
+@stage
+def subtract_pairs(stream: str, order: str) -> Round:
+    """The head's state without the pairs of the ordered edits, solved: a candidate that nothing points to yet.
+
+    Reads the pairs objects of these edits, the snapshot and the change lists since; how many edits are live does not matter.
+    """
+    settings, opened = open_named(stream)
+    model = load_model(settings, opened)
+    begun = time.perf_counter()
+    work = WithdrawalOrder.load(opened.objects, order)
+    leaving = [_refer(opened.resolve_edit(name)) for name in work.occurrences]
+    head, every = read_manifest(opened, work.manifest), settings.apply.snapshot_every
+    candidate = build_candidate(opened.objects, model.editor, head, add=[], remove=leaving, snapshot_every=every)
+    manifest = opened.objects.put(candidate.manifest.to_bytes())
+    return Round(rest=(), manifest=manifest, fits={}, seconds={"merge": time.perf_counter() - begun})
+
+
+@stage
+def judge_withdrawal(stream: str, order: str, candidate: Round, check: bool) -> Round:
+    """The candidate with its report and the gate's decision: retention of the other edits, locality, norms; what the withdrawn prompts
+    answer now; with `check` also how far the weights are from a rebuild, which reads the pairs of all live edits."""
+    settings, opened = open_named(stream)
+    model = load_model(settings, opened)
+    begun = time.perf_counter()
+    names = WithdrawalOrder.load(opened.objects, order).occurrences
+    leaving = set(names)
+    manifest = Manifest.from_bytes(opened.objects.get(candidate.manifest))
+    sample = opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)
+    retained = [opened.read_record(row).edit for row in sample if row.occurrence not in leaving]
+    artifacts = load_artifacts(opened.objects, manifest)
+    with show_progress("evaluating") as on_progress:
+        report = evaluate_candidate(
+            model.base,
+            artifacts,
+            [],
+            retained,
+            read_retention(opened),
+            settings.evaluate,
+            probe_texts=FILLER if model.ref.kind == "builtin" else PROBE_TEXTS,
+            progress=lambda _stage, done, total: on_progress(done, total),
+        )
+    measured = None
+    if report.fault is None:
+        withdrawn = [opened.read_record(opened.resolve_edit(name)).edit for name in names]
+        measured = measure_consistency(model.base, artifacts, withdrawn, settings.evaluate)
+        if check:
+            live = [_refer(row) for row in opened.index.find_rows("live") if row.occurrence not in leaving]
+            exactness = measure_exactness(opened.objects, model.editor, manifest, live)
+            measured = measured.model_copy(update={"exactness": exactness})
+    live_after = opened.index.counts().get("live", 0) - len(names)
+    report = report.model_copy(update={"live": live_after, "withdrawal": measured})
+    seconds = {**candidate.seconds, "evaluate": time.perf_counter() - begun}
+    decision = decide(report, [], settings.gate)
+    return candidate.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision, "seconds": seconds})
+
+
+@stage
+def commit_withdrawal(stream: str, order: str, judged: Round, dry_run: bool = False) -> WithdrawalSummary:
+    """Make the withdrawal a commit, or its refusal.
+
+    Raises:
+        ConflictError: another writer committed since the order was made.
+    """
+    settings, opened = open_named(stream)
+    work = WithdrawalOrder.load(opened.objects, order)
+    decision = judged.decision
+    assert decision is not None and judged.report is not None, "a withdrawal is judged before it is committed"
+    accepted = decision.verdict == "accept"
+    reason = f"commit {work.seq}: {work.reason}" if work.reason else f"commit {work.seq}"
+    outcomes = [Outcome(outcome="withdrawn", occurrence=name, reason=reason) for name in work.occurrences] if accepted else []
+    named = f"The withdrawal of {', '.join(work.occurrences[:10])}{' …' if len(work.occurrences) > 10 else ''} was refused."
+    fields = {
+        "seq": work.seq,
+        "parent": work.parent,
+        "outcomes": _store_outcomes(opened, outcomes),
+        "report": judged.report,
+        "decision": decision.verdict,
+        "reasons": decision.reasons if accepted else (named, *decision.reasons),
+        "seconds": {name: round(value, 3) for name, value in judged.seconds.items()},
+        **describe_writer(settings),
+    }
+    draft: Commit = RejectionCommit(manifest=work.manifest, **fields)
+    if accepted:
+        draft = WithdrawalCommit(manifest=judged.manifest, promoted=settings.policy.promote == "auto", **fields)
+    if not dry_run:
+        commit_once(opened, draft)
+    report = Report.from_bytes(opened.objects.get(judged.report))
+    return WithdrawalSummary(
+        stream=opened.name,
+        commit=None if dry_run else draft.seq,
+        decision=draft.decision,
+        withdrawn=work.occurrences,
+        live=report.live or 0,
+        measured=report.withdrawal,
+        metrics=report.metrics(),
+        reasons=draft.reasons,
+        seconds=draft.seconds,
+    )
+
+
+@stage
+def draft_rollback(stream: str, target: str, reason: str) -> str:
+    """The commit that serves an earlier state again, stored and not yet made.
+
+    Args:
+        target: `12`, `head~1` or `v3`.
+
+    Raises:
+        UnknownNameError: no such commit or version.
+        InputError: its state is served already.
+        KeyMissingError: something that its manifest names is gone from the store.
+    """
+    settings, opened = open_named(stream)
+    version = _VERSION.fullmatch(target)
+    named = open_registry(settings).read_version(opened.name, int(version[1])).commit if version else opened.resolve_commit(target)
+    commit = choose_target(opened, named)
+    _require_objects(opened, commit.seq, read_manifest(opened, commit.manifest))
+    head = opened.head
+    draft = RollbackCommit(
+        seq=head.seq + 1,
+        parent=head.digest,
+        target=commit.seq,
+        outcomes=_store_outcomes(opened, compare_live(opened, commit.seq)),
+        manifest=commit.manifest,
+        report=commit.report,
+        decision="accept",
+        reasons=(reason,) if reason else (),
+        **describe_writer(settings),
+    )
+    return opened.objects.put(write_commit(draft))
+
+
+@stage
+def commit_rollback(stream: str, draft: str, dry_run: bool = False) -> RollbackSummary:
+    """Make a drafted rollback the newest commit.
+
+    Raises:
+        ConflictError: another writer committed since it was drafted.
+    """
+    _, opened = open_named(stream)
+    commit = read_commit(opened.objects.get(draft), "drafted rollback")
+    assert isinstance(commit, RollbackCommit), f"expected the draft of a rollback, found {commit.name}"
+    if not dry_run:
+        commit_once(opened, commit)
+    outcomes = opened.read_outcomes(commit)
+    left = tuple(outcome.occurrence or "" for outcome in outcomes if outcome.outcome != "live")
+    back = tuple(outcome.occurrence or "" for outcome in outcomes if outcome.outcome == "live")
+    return RollbackSummary(
+        stream=opened.name,
+        commit=None if dry_run else commit.seq,
+        target=commit.target,
+        left=left,
+        back=back,
+        live=opened.index.counts().get("live", 0) + (len(back) - len(left) if dry_run else 0),
+    )
+
+
+def _store_outcomes(stream: Stream, outcomes: list[Outcome]) -> str:
+    return stream.objects.put_rows(outcome.model_dump(mode="json", exclude_none=True) for outcome in outcomes)
+
+
+def _refer(row: EditRow) -> PairRef:
+    assert row.pairs is not None and row.row is not None, f"{row.occurrence} is live and has no pair"
+    return PairRef(pairs=row.pairs, row=row.row)
+
+
+def _require_objects(stream: Stream, seq: int, manifest: Manifest) -> None:
+    """Whoever builds on a manifest reads its artifact and its state; better to learn now than then that they are gone."""
+    for layer in manifest.layers:
+        for digest in (layer.artifact, layer.state.snapshot, *layer.state.pairs_since):
+            if digest is not None and not stream.objects.exists(digest):
+                raise KeyMissingError(f"rollback: expected commit {seq} with everything its manifest names, found no object {digest}")
