@@ -14,7 +14,10 @@ _PATIENCE = 5.0
 
 def ready_prefect(settings: Settings) -> None:
     """Prefect reads these while it is imported. Its local database goes to our cache folder, its own reports to nobody."""
-    os.environ.setdefault("PREFECT_HOME", str(settings.cache / "prefect"))
+    if "PREFECT_HOME" not in os.environ:
+        home = settings.cache / "prefect"
+        home.mkdir(parents=True, exist_ok=True)  # Prefect makes the folder, but none above it
+        os.environ["PREFECT_HOME"] = str(home)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised here and printed once
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
