@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -125,5 +124,4 @@ def _compare(blobs: MemoryBlobs, one: Manifest, other: Manifest) -> float:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     typer.run(run)
