@@ -30,6 +30,7 @@ test: $(STAMP)  ## all tests; no network, no GPU
 
 bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth
 	$(BIN)/python -m benchmarks.edit_quality
+	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.edit_speed
 
 lint: $(STAMP) types  ## style, types and import contracts

@@ -1,4 +1,10 @@
-"""What the benchmarks share: the built-in base with its editor, and a place for objects."""
+"""What the benchmarks share: the built-in base with its editor, a place for objects, and a stopwatch."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich.progress import Progress
 
@@ -27,6 +33,32 @@ class MemoryBlobs:
         digest = digest_of(data)
         self._objects[digest] = data
         return digest
+
+
+class Stopwatch:
+    """Wall and CPU seconds by stage."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = defaultdict(float)
+        self.cpu: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.wall[name] += time.perf_counter() - wall
+            self.cpu[name] += time.process_time() - cpu
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(name):
+                return function(*args, **kwargs)
+
+        return timed
 
 
 def load_builtin() -> tuple[Base, D4S, World]:

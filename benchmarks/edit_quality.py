@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -92,8 +91,8 @@ def _measure_mixed(base: Base, editor: D4S, stream: Sequence[Edit], batch: int) 
             table.add_row(name, str(len(group)), f"{took:.3f}", f"{general:.3f}")
     out.print(table)
     out.print(
-        "Several edits of one person share nearly one key at the subject's last token: their sums ask for the mean of the residuals "
-        "(algorithms.md Part 5, 4): those that fail, fail for that reason. Joint targets per subject (key groups, design §5) are the remedy."
+        "Several edits of one person share nearly one key at the subject's last token, so their sums ask for the mean of the residuals "
+        "(MEMIT-Merge, arXiv 2502.07322): those that fail, fail for that reason. One joint target per subject would be the remedy."
     )
 
 
@@ -125,5 +124,4 @@ def _compare(blobs: MemoryBlobs, one: Manifest, other: Manifest) -> float:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     typer.run(run)

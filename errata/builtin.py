@@ -50,7 +50,7 @@ class BuiltinSettings(BaseModel):
     """Longest text, in tokens."""
     site: int = 2
     """Block after which the probe reads a person's attributes; edits belong at or below it."""
-    steps: int = Field(default=500, ge=1)
+    steps: int = Field(default=430, ge=1)
     """Optimisation steps."""
     tokens: int = 1_500
     """Tokens per step, padding included."""

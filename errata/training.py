@@ -53,9 +53,11 @@ def train_builtin(settings: BuiltinSettings, folder: Path, progress: Progress | 
         "cpu_seconds": round(time.process_time() - began_cpu, 1),
         "torch": torch.__version__,
     }
+    shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
-    transformers_logging.enable_progress_bar()
+    if shown:
+        transformers_logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
     return report
 

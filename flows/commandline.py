@@ -1,7 +1,6 @@
 """What the commands of the console share: options, output, questions, and the way into the inbox. Imports nothing heavy."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -32,14 +31,6 @@ def open_here(name: str | None) -> tuple[Settings, Stream]:
 
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
-
-
-def ready_prefect(settings: Settings) -> None:
-    """Prefect reads these while it is imported. Its local database goes to our cache folder, its own reports to nobody."""
-    os.environ.setdefault("PREFECT_HOME", str(settings.cache / "prefect"))
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised here and printed once
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -25,9 +25,9 @@ from flows.commandline import (
     open_here,
     out,
     print_json,
-    ready_prefect,
     spell_submission,
 )
+from flows.prefect_server import ready_prefect, start_prefect
 
 INTERRUPTED = 130
 
@@ -46,18 +46,21 @@ def main() -> None:
     """Entry point: turns the errors of the project into one line and an exit code."""
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except ErrataError as error:
         views.print_error(str(error))
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        Console(stderr=True).print("interrupted; nothing is lost, the next run goes on from here")
         code = INTERRUPTED
     except typer.TyperException as error:
-        views.print_error(f"{error}; see errata --help")
+        if message := error.format_message():  # empty where the help that was asked for without saying so has been printed
+            views.print_error(f"{message.rstrip('.')}; see errata --help")
         code = InputError.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains about it once more at exit
         code = 0
+    if code == INTERRUPTED:  # typer answers Ctrl-C with this code
+        Console(stderr=True).print("interrupted; nothing is lost, the next run goes on from here")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -162,7 +165,7 @@ def check_records(records: Any, name: str | None, as_json: bool) -> None:
         print_json(facts)
     else:
         out.print(views.build_check(facts))
-    if report.refused and not report.writable:
+    if report.refused == report.records:
         raise typer.Exit(InputError.exit_code)
 
 
@@ -184,7 +187,7 @@ def apply(
         return
     if not dry_run:
         confirm(f"{waiting} records wait. What the gate accepts becomes the champion of {opened.name!r}. Go on?", yes)
-    ready_prefect(settings)
+    start_prefect(settings)
     from flows.edit import apply_edits
 
     summaries = [summary.model_dump(mode="json") for summary in apply_edits(opened.name, dry_run)]
@@ -261,7 +264,8 @@ def retry(edits: Chosen = None, every: Every = False, stream: StreamName = None)
     """Put quarantined edits into the inbox once more."""
     _, opened = open_here(stream)
     rows = lookup.choose_quarantined(opened, edits or [], every)
-    records = [Submission(edit=opened.read_record(row).edit, origin=row.origin, again=True) for row in rows]
+    # The origin also makes every retry a file of its own: one with the bytes of an earlier retry would count as consumed.
+    records = [Submission(edit=opened.read_record(row).edit, origin=f"retry of {row.occurrence}", again=True) for row in rows]
     name = drop_lines(opened, [spell_submission(record) for record in records])
     out.print(f"{len(rows)} edits are in inbox/{name}; [bold]errata apply[/] tries them again")
 
@@ -293,6 +297,8 @@ def ask(
     as_json: AsJson = False,
 ) -> None:
     """Base and champion side by side, greedily."""
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError("ask: expected prompts with some text, found an empty one")
     settings, opened = open_here(stream)
     ready_prefect(settings)
     from tasks.asking import answer_prompts
@@ -330,7 +336,7 @@ def doctor(stream: StreamName = None, as_json: AsJson = False) -> None:
 def demo() -> None:
     """Several batches on the built-in base, from submission to an answering MLflow version, and where to look further."""
     settings = load_settings()
-    ready_prefect(settings)
+    start_prefect(settings)
     from flows.demo import run_demo
 
     run_demo(settings, out)

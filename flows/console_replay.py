@@ -10,7 +10,8 @@ from rich.markup import escape
 from errata.errors import InputError
 from errata.settings import load_settings
 from flows import lookup, views
-from flows.commandline import EPILOG, AsJson, StreamName, open_here, out, print_json, ready_prefect
+from flows.commandline import EPILOG, AsJson, StreamName, open_here, out, print_json
+from flows.prefect_server import ready_prefect, start_prefect
 
 FAULT = 1
 
@@ -32,7 +33,7 @@ def rebuild(
     """Replay the stored pairs of the log, compare with what is stored, and mend what is missing or damaged."""
     settings = load_settings(stream=stream)
     seq = resolve_number(stream, to)
-    ready_prefect(settings)
+    start_prefect(settings)
     from flows.replay import rebuild as replay
 
     report = replay(settings.stream, seq, check)

@@ -19,9 +19,9 @@ from flows.commandline import (
     open_here,
     out,
     print_json,
-    ready_prefect,
     spell_submission,
 )
+from flows.prefect_server import start_prefect
 from registry.undoing import choose_live, choose_target, compare_live, find_gone
 
 _SHOWN = 20
@@ -51,7 +51,7 @@ def withdraw(
     if not dry_run:
         named = ", ".join(row.occurrence for row in rows[:_SHOWN]) + (" …" if len(rows) > _SHOWN else "")
         confirm(f"{len(rows)} edits of {opened.name!r} are withdrawn, if the gate accepts the model without them: {named}. Go on?", yes)
-    ready_prefect(settings)
+    start_prefect(settings)
     from flows.undo import withdraw_edits
 
     summary = withdraw_edits(opened.name, edits, reason, dry_run, check)
@@ -83,7 +83,7 @@ def rollback(
             f"{back} come back. Go on?",
             yes,
         )
-    ready_prefect(settings)
+    start_prefect(settings)
     from flows.undo import rollback as roll_back
 
     summary = roll_back(opened.name, str(commit.seq), reason, dry_run).model_dump(mode="json")

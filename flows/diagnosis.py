@@ -12,6 +12,7 @@ import torch
 from errata.errors import ErrataError
 from errata.modeling.loading import choose_device
 from errata.settings import Settings
+from flows.prefect_server import reach_prefect
 from registry.models import ModelRegistry
 from registry.release import resolve_tracking
 from registry.storage.base import check_create_if_absent, open_storage
@@ -71,8 +72,7 @@ def _check_places(settings: Settings) -> Iterator[Finding]:
 
 def _check_servers(settings: Settings) -> Iterator[Finding]:
     yield _try("mlflow", lambda: _try_mlflow(settings), "set mlflow.tracking_uri in errata.toml, or start the server")
-    url = os.environ.get("PREFECT_API_URL")
-    yield _find("good", "prefect", url) if url else _find("good", "prefect", "no PREFECT_API_URL: flows run in this process")
+    yield _try("prefect server", reach_prefect, "start the server, or unset PREFECT_API_URL to run without one")
 
 
 def _try(what: str, test: Callable[[], str], remedy: str) -> Finding:

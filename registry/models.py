@@ -211,7 +211,9 @@ class ModelRegistry:
         """
         with self._reporting(f"read the norm plot of {version.uri}"):
             folder.mkdir(parents=True, exist_ok=True)
-            found = artifacts.download_artifacts(run_id=version.run, artifact_path=_PLOT, dst_path=str(folder), tracking_uri=self.tracking_uri)
+            found = artifacts.download_artifacts(
+                run_id=version.run, artifact_path=_PLOT, dst_path=str(folder), tracking_uri=self.tracking_uri
+            )
         return Path(found)
 
     def _find_tagged(self, stream: str, commit: int) -> Version | None:

@@ -120,6 +120,7 @@ def write_lines(*rows: Edit | dict[str, Any] | str) -> bytes:
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a throw-away Prefect server, which this process's flows use. `prefect_test_harness` would start one without schedulers."""
+    from prefect.logging.handlers import APILogHandler
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
 
     home = tmp_path_factory.mktemp("prefect")
@@ -135,6 +136,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _wait_until_healthy(server, url, home / "server.log")
         with temporary_settings({PREFECT_API_URL: url, PREFECT_LOGGING_LEVEL: "WARNING"}):
             yield url
+            APILogHandler().flush()  # what is left goes to a server that is gone, with patience, when the interpreter ends
     finally:
         server.terminate()
         server.wait()
@@ -200,7 +202,7 @@ def desk(empty_root: Path, gate: dict[str, str], tmp_path: Path, monkeypatch: py
 def used_root(
     tmp_path_factory: pytest.TempPathFactory, empty_root: Path, gate: dict[str, str], make_edit: Callable[..., Edit], prefect_server: str
 ) -> Path:
-    """A root whose stream `main` has two commits, both shown in MLflow. `README` of the second: what became of its records.
+    """A root whose stream `main` has two commits, both shown in MLflow.
 
     Commit 1: case-1, case-2 and case-11 live. Commit 2: case-1 replaced by case-3, case-4 quarantined, one record refused, one a
     duplicate, two more live, whose ids are digests.
@@ -252,7 +254,12 @@ def errata(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Ran(int(ended.value.code or 0), printed.out, printed.err)
 
     # Tables fold no words. The others are what the command sets where they are not: for this process, too.
-    for name, value in {"COLUMNS": "200", "PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_SERVER_ANALYTICS_ENABLED": "0", "DO_NOT_TRACK": "1"}.items():
+    for name, value in {
+        "COLUMNS": "200",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "0",
+        "DO_NOT_TRACK": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     return run
 

@@ -140,7 +140,7 @@ class Book:
 
 
 def write_book(editor: Any = None) -> Book:
-    """Nine commits after the first: past the few pairs that are kept as pairs, across snapshots, with replacements, a withdrawal and a rollback."""
+    """Nine commits after the first: past the pairs kept as pairs, across snapshots, with replacements, a withdrawal and a rollback."""
     book = Book(editor or make_editor())
     first = book.add(3)
     book.add(3, remove=first[:1])

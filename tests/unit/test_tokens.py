@@ -133,3 +133,12 @@ def test_padding(side: str) -> None:
 
 def test_the_pad_token_exists(tokenizer: PreTrainedTokenizerBase) -> None:
     assert 0 <= find_pad(tokenizer) < len(tokenizer)
+
+
+@pytest.mark.parametrize(("more", "ends"), [(None, []), (7, [7]), ([7, 9], [7, 9])])
+def test_texts_end_where_tokenizer_or_model_say(gpt2_of: Callable[..., Base], more: int | list[int] | None, ends: list[int]) -> None:
+    base = gpt2_of()
+    base.model.generation_config.eos_token_id = more
+    assert find_ends(base.tokenizer, base.model) == {base.tokenizer.eos_token_id, *ends}
+    base.tokenizer.eos_token = None
+    assert find_ends(base.tokenizer, base.model) == set(ends)
