@@ -63,12 +63,13 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
     model = load_named(settings, history.storage, head.base, head.profile, head.editors[0])
     replay = Replay(history.objects, model.editor, head.base, head.profile, _remember_steps(history), mend=not check)
     remade: Remade | None = None
+    reported: set[str] = set()
     parent = 0
     with show_progress("replaying commits") as on_progress:
         for commit, position in history.walk():
             if commit.seq > last or replay.parted:
                 break
-            replay.findings += _check_primary(history, commit)
+            replay.findings += _check_primary(history, commit, reported)
             if is_accepted(commit):
                 whole = not findings and commit.seq == head.accepted
                 solve = commit.seq == goal or (check and not isinstance(commit, RollbackCommit))
@@ -159,11 +160,13 @@ def _build_entry(commit: Commit, parent: int) -> Entry:
     raise AssertionError(f"{commit.name} is no accepted commit")
 
 
-def _check_primary(history: History, commit: Commit) -> Iterator[Finding]:
-    """What of a commit's own objects is lost."""
+def _check_primary(history: History, commit: Commit, reported: set[str]) -> Iterator[Finding]:
+    """What of a commit's own objects is lost, but for what an earlier commit was `reported` to have lost: a rollback and a rebuild name
+    the report of the commit whose state they take over."""
     for what, digest in list_named(commit):
         fault = find_fault(history.objects, digest)
-        if fault is not None:
+        if fault is not None and digest not in reported:
+            reported.add(digest)
             edits = tuple(_list_affected(history, commit, what, digest))
             yield Finding(commit=commit.seq, what=what, state="lost", detail=f"{fault}; {_MEANING[what]}", digest=digest, edits=edits)
 
