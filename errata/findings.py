@@ -17,6 +17,7 @@ _SAID: Mapping[FindingState, str] = {
     "mended": "made again from the stored pairs, bit for bit",
     "mendable": "`errata rebuild` makes it again from the stored pairs, bit for bit",
     "unequal": "from the stored pairs it comes out with other bytes here: another machine, other libraries, or another number of threads",
+    "lost": "what it was made from is lost, too: nothing makes it again",
     "replaced": "from the stored pairs it came out with other bytes; a rebuild commit points to them",
 }
 

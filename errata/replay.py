@@ -231,7 +231,7 @@ class Replay:
                     self._check(entry.seq, "manifest", entry.manifest, guess.to_bytes())
                     self._known[entry.manifest] = guess
                     return guess
-        self._report(entry.seq, "manifest", entry.manifest, fault, equal=False)
+        self._report(entry.seq, "manifest", entry.manifest, fault, "lost" if reached is None else "unequal")
         return None
 
     def _guess_manifests(self, entry: Entry, before: Point | None, reached: Point, changes: bytes | None) -> Iterator[Manifest]:
@@ -285,7 +285,7 @@ class Replay:
             found, expected = ("none", "some") if ours else ("some", "none")
             self._note(seq, "artifact", "differs", f"expected {expected}, found {found}", layer.artifact)
         elif fault is not None:
-            self._report(seq, "artifact", layer.artifact, fault, equal=False)
+            self._report(seq, "artifact", layer.artifact, fault, "unequal")
         else:
             self._measure(seq, layer, reached)
 
@@ -326,23 +326,27 @@ class Replay:
         """Whether a stored object is intact, or is now.
 
         Args:
-            data: what the replay makes of it.
+            data: what the replay makes of it; None where it cannot.
         """
         fault = find_fault(self.blobs, digest)
         if fault is None:
             return True
-        equal = data is not None and digest_of(data) == digest
-        if equal and data is not None and self.mend:
+        if data is None:
+            self._report(seq, what, digest, fault, "lost")
+        elif digest_of(data) != digest:
+            self._report(seq, what, digest, fault, "unequal")
+        elif self.mend:
             self.blobs.put(data)
-        self._report(seq, what, digest, fault, equal=equal)
-        return equal and self.mend
+            self._report(seq, what, digest, fault, "mended")
+            return True
+        else:
+            self._report(seq, what, digest, fault, "mendable")
+        return False
 
-    def _report(self, seq: int, what: str, digest: str, fault: str, *, equal: bool) -> None:
-        if digest in self._gone:
-            return
-        state: FindingState = ("mended" if self.mend else "mendable") if equal else "unequal"
-        self._gone[digest] = state
-        self._note(seq, what, state, describe_fault(fault, state), digest)
+    def _report(self, seq: int, what: str, digest: str, fault: str, state: FindingState) -> None:
+        if digest not in self._gone:
+            self._gone[digest] = state
+            self._note(seq, what, state, describe_fault(fault, state), digest)
 
     def _note(self, seq: int, what: str, state: FindingState, detail: str, digest: str | None = None) -> None:
         self.findings.append(Finding(commit=seq, what=what, state=state, detail=detail, digest=digest))

@@ -99,7 +99,7 @@ def rollback(
         for name in names[:_SHOWN]:
             out.print(f"  {escape(name)} [dim]{word}[/]")
         if len(names) > _SHOWN:
-            out.print(f"  and {len(names) - _SHOWN} more {word}: [bold]errata show {summary['commit'] or ''}[/]")
+            out.print(f"  and {len(names) - _SHOWN} more {word}" + ("" if dry_run else f": [bold]errata show {summary['commit']}[/]"))
     if summary["left"] and not dry_run:
         out.print(f"[bold]errata resubmit {summary['commit']}[/] puts what is no longer live into the inbox once more")
 

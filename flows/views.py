@@ -67,7 +67,7 @@ def build_status(facts: Facts) -> RenderableType:
 
 def build_log(rows: Sequence[Facts]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("commit", "kind", "time", "records", "effic.", "gener.", "specif.", "retent.", "|W|"):
+    for name in ("commit", "kind", "time", "records", "eff.", "gen.", "spec.", "ret.", "|W|"):
         table.add_column(name, justify="left" if name in ("kind", "time", "records") else "right", no_wrap=name != "records")
     for row in rows:
         norms = [value for value in row["norms"].values() if value is not None]

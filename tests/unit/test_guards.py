@@ -20,7 +20,7 @@ ROOMS = ("errata", "registry", "tasks", "flows")
 LONGEST = 400
 """Lines of a module, and nobody needs that many."""
 HEAVY = ("torch", "transformers", "prefect", "mlflow", "sqlalchemy", "peft", "sentence_transformers", "matplotlib")
-READING = ("commandline", "console", "console_undo", "lookup", "views")
+READING = ("commandline", "console", "console_replay", "console_undo", "lookup", "views")
 """Modules of `flows/` behind `errata --help`, `status`, `log`, `show` and `submit --check`."""
 
 
@@ -89,13 +89,14 @@ PLAIN = (str, int, bool, float, NoneType)
 def find_stages() -> Iterator[Any]:
     """Every function behind a task, and the flows."""
     import flows.edit
+    import flows.replay
     import flows.undo
-    from tasks import committing, editing, evaluating, intake, projecting, undoing
+    from tasks import committing, editing, evaluating, intake, projecting, replaying, undoing
 
     def collect(module: ModuleType) -> Iterator[Any]:
         yield from (value.fn for value in vars(module).values() if hasattr(value, "fn") and value.fn.__module__ == module.__name__)
 
-    for module in (flows.edit, flows.undo, committing, editing, evaluating, intake, projecting, undoing):
+    for module in (flows.edit, flows.replay, flows.undo, committing, editing, evaluating, intake, projecting, replaying, undoing):
         found = list(collect(module))
         assert found, f"{module.__name__} has neither a task nor a flow"
         yield from found

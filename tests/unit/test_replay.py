@@ -223,6 +223,10 @@ def test_lost_pairs_are_named_by_silence_until_a_snapshot(book: Book) -> None:
     # 3 has a snapshot that is whole: from there on weights can be compared. 7 goes back to 3, which is to be replayed, and has it again.
     assert (summarise(replay), replay.unverified) == ([], [2, 3, 7])
     assert replay.compared == {"bits": 7}
+    book.damage(artifact := book.name(2, "artifact"))
+    replay, _ = book.replay(mend=True)
+    assert summarise(replay) == [(2, "artifact", "lost")], "no other bytes are blamed: there are none"
+    assert find_fault(book.objects, artifact) == "damaged"
 
 
 def test_a_commit_whose_outcomes_are_lost_is_passed_over(book: Book) -> None:
