@@ -9,7 +9,7 @@ from errata.edits import canonical_json, digest_of
 from errata.errors import InputError, KeyExistsError, KeyMissingError, StorageError, UnknownNameError
 from registry.checkpoints import Checkpoints
 from registry.events import FORMAT, BatchRow, Commit, FileUse, InitCommit, Outcome, read_formatted, read_rows
-from registry.fold import EditRow, Head, advance_head, derive_changes, split_occurrence
+from registry.fold import ASIDE, EditRow, Head, advance_head, derive_changes, split_occurrence
 from registry.index import Index
 from registry.log import CommitLog
 from registry.objects import ObjectStore
@@ -187,7 +187,8 @@ class Stream:
         rows = [row for row in self.index.find_occurrences(identity) if row.seq == seq]
         if not rows:
             raise UnknownNameError(f"edit: expected an occurrence in stream {self.name!r}, found no {name!r}")
-        return rows[-1]
+        # Records of one batch that were never judged share the name of the one that was, and may come after it.
+        return max(rows, key=lambda row: (row.status not in ASIDE, row.position))
 
 
 def open_stream(root: str | Storage, name: str, cache_dir: Path | None = None) -> Stream:
