@@ -106,6 +106,15 @@ def test_edits_have_names(start: Make, edit: Make) -> None:
     assert record.origin == "in.jsonl:2"
 
 
+def test_an_occurrence_is_the_record_that_was_judged(start: Make, edit: Make) -> None:
+    """A stale record of the same id in the same batch shares its name and comes after it."""
+    clerk = start()
+    draft = clerk.draft([(edit("Ada", "Paris", name="a"), "live"), (edit("Ada", "Rome", name="a"), "stale")])
+    commit(clerk.stream, draft, clerk.stream.head)
+    assert [(row.position, row.status) for row in clerk.stream.index.find_occurrences("a")] == [(0, "live"), (1, "stale")]
+    assert clerk.stream.resolve_edit("a@1").status == "live"
+
+
 def test_a_damaged_batch_is_an_error_and_not_another_history(start: Make, edit: Make) -> None:
     storage = MemoryStorage()
     clerk = start(storage)
