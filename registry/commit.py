@@ -11,7 +11,7 @@ import sqlite3
 
 from errata.errors import ConflictError, KeyMissingError, StorageError
 from registry.events import AcceptedCommit, Commit, InitCommit, RebuildCommit, RejectionCommit, RollbackCommit, Status, write_commit
-from registry.fold import ASIDE, HELD, Changes, EditRow, Head, derive_changes
+from registry.fold import ASIDE, HELD, Changes, EditRow, Head, Move, derive_changes
 from registry.stream import Stream
 
 CHECKPOINT_EVERY = 10
@@ -20,8 +20,9 @@ _FROM: dict[Status, tuple[Status, ...]] = {
     "replaced": ("live",),
     "withdrawn": ("live",),
     "reverted": ("live",),
-    "live": ("replaced", "withdrawn", "reverted"),
+    "live": ("live", "replaced", "withdrawn", "reverted"),
     "dropped": HELD,
+    "erased": ("replaced", "superseded", "stale", *HELD, "dropped", "withdrawn", "reverted"),
 }
 """What an older occurrence becomes → where it must have stood."""
 
@@ -106,32 +107,42 @@ def _check_files(stream: Stream, draft: Commit) -> None:
 
 
 def _check_occurrences(stream: Stream, draft: Commit, changes: Changes) -> None:
-    moved = {(move.id, move.seq): move.status for move in changes.moved}
+    moved = {(move.id, move.seq): move for move in changes.moved}
     if len(moved) != len(changes.moved):
         raise StorageError(f"{draft.name}: expected each older occurrence once, found one twice")
-    back = []
-    for (identity, seq), status in moved.items():
-        row = _find_moved(stream, draft, identity, seq, status)
-        back += [row] if status == "live" else []
+    rows = [(row, move) for move in changes.moved for row in [_find_moved(stream, draft, move)]]
+    back = [row for row, move in rows if move.status == "live"]
     live = [row for row in changes.added if row.status == "live"]
-    for added in live:
-        if added.pairs is not None and added.pairs not in draft.pairs:
-            raise StorageError(f"{draft.name}: expected the pairs of {added.occurrence} among its pairs, found {added.pairs}")
+    placed = [(row.occurrence, row.pairs) for row in live]
+    if not isinstance(draft, RollbackCommit):
+        placed += [(row.occurrence, move.pairs) for row, move in rows if move.status == "live"]
+    for occurrence, pairs in placed:
+        if pairs is not None and pairs not in draft.pairs:
+            raise StorageError(f"{draft.name}: expected the pairs of {occurrence} among its pairs, found {pairs}")
     for names in ({row.slot for row in live + back}, {row.id for row in live + back}):
         if len(names) != len(live + back):
             raise StorageError(f"{draft.name}: expected one live edit per slot and id, found two in one commit")
     for row in live + back:
         for held in (stream.index.find_slot(row.slot), stream.index.find_edit(row.id)):
-            if held is not None and held.status == "live" and moved.get((held.id, held.seq), "live") == "live":
+            if held is None or held.status != "live" or held.occurrence == row.occurrence:
+                continue
+            move = moved.get((held.id, held.seq))
+            if move is None or move.status == "live":
                 raise StorageError(f"{draft.name}: expected {row.occurrence} to replace {held.occurrence}, found both live")
 
 
-def _find_moved(stream: Stream, draft: Commit, identity: str, seq: int, status: Status) -> EditRow:
-    """The row of an older occurrence that is to change its status."""
-    rows = [row for row in stream.index.find_occurrences(identity) if row.seq == seq and row.status not in ASIDE]
+def _find_moved(stream: Stream, draft: Commit, move: Move) -> EditRow:
+    """The row of an older occurrence that is to change its status, or its pair."""
+    name = f"{move.id}@{move.seq}"
+    rows = [row for row in stream.index.find_occurrences(move.id) if row.seq == move.seq and row.status not in ASIDE]
     if not rows:
-        raise StorageError(f"{draft.name}: expected an occurrence {identity}@{seq}, found none")
-    if rows[0].status not in _FROM.get(status, ()):
-        wanted = " or ".join(_FROM.get(status, ())) or "nothing of the kind"
-        raise StorageError(f"{draft.name}: {identity}@{seq} becomes {status}: expected it {wanted}, found it {rows[0].status}")
-    return rows[0]
+        raise StorageError(f"{draft.name}: expected an occurrence {name}, found none")
+    row, allowed = rows[0], _FROM.get(move.status, ())
+    if move.status == "live" and not isinstance(draft, RollbackCommit):
+        allowed = ("live",)
+    if row.status not in allowed:
+        wanted = " or ".join(allowed) or "nothing of the kind"
+        raise StorageError(f"{draft.name}: {name} becomes {move.status}: expected it {wanted}, found it {row.status}")
+    if row.status == move.status and (move.pairs is None or (move.pairs, move.row) == (row.pairs, row.row)):
+        raise StorageError(f"{draft.name}: {name} stays {move.status}: expected another pair than it has, found {move.pairs}, {move.row}")
+    return row

@@ -19,8 +19,9 @@ MAX_COMMIT_BYTES = 64_000
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Lines = tuple[int, int]
 """First and last line of a run of lines, 1-based, both included."""
-Status = Literal["live", "replaced", "superseded", "stale", "quarantined", "rejected", "dropped", "withdrawn", "reverted"]
-"""Where an occurrence stands. `withdrawn`: taken back by name; `reverted`: a rollback left it behind."""
+Status = Literal["live", "replaced", "superseded", "stale", "quarantined", "rejected", "dropped", "withdrawn", "reverted", "erased"]
+"""Where an occurrence stands. `withdrawn`: taken back by name; `reverted`: a rollback left it behind; `erased`: a tombstone, its text and
+its pair are gone for good."""
 OutcomeName = Status | Literal["duplicate", "withheld", "refused"]
 """What became of one record: a status, or nothing happened (`duplicate`, `withheld`), or it was no edit (`refused`)."""
 
@@ -52,19 +53,22 @@ class BatchRow(_Record):
 
 
 class Standing(_Record):
-    """Where an occurrence stood before a rollback moved it: what a later rollback across that one needs to know."""
+    """Where an older occurrence stood before this commit moved it: what a rollback across it, and a replay, need to know."""
 
     status: Status
     by: str | None = None
     reason: str | None = None
     since: AwareDatetime | None = None
+    pairs: Digest | None = None
+    """Of a live one: the pairs object its pair lay in."""
+    row: int | None = None
 
 
 class Outcome(_Record):
     """What became of a record of this batch, or of an older occurrence; the rows of the `outcomes` object.
 
-    A row about this batch carries `file` and `line` of its record; a row about an older occurrence carries its name only, and in a
-    rollback `before`.
+    A row about this batch carries `file` and `line` of its record. A row about an older occurrence carries its name and how it stood
+    `before`; a live one that stays live has another pair from now on (`pairs`, `row`), because its key group or its base changed.
     """
 
     outcome: OutcomeName
@@ -187,6 +191,10 @@ class RollbackCommit(_CommitBase):
     """The target's."""
     report: Digest | None = None
     """The target's: what was measured of these very weights."""
+    base: str | None = None
+    """Digest of the target's base, where the head's is another one."""
+    profile: Digest | None = None
+    """The target's, likewise."""
     promoted: Literal[True] = True
 
     @model_validator(mode="after")
@@ -213,6 +221,64 @@ class RebuildCommit(_CommitBase):
         return self
 
 
+class CompactionCommit(_CommitBase):
+    """The state of the newest accepted commit, summed anew from its live pairs in canonical order, and snapshotted: rounding of many
+    additions and subtractions goes, the weights agree to 1e-8. The recipe begins anew."""
+
+    kind: Literal["compaction"] = "compaction"
+    of: int = Field(ge=0)
+    """The commit whose state it is."""
+    manifest: Digest
+    promoted: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _look_back(self) -> "CompactionCommit":
+        if self.of >= self.seq:
+            raise ValueError(f"of: expected a commit before {self.seq}, found {self.of}")
+        return self
+
+
+class MergeCommit(_CommitBase):
+    """The live edits of another stream of this root became edits of this one; the batch holds them in their order of arrival there."""
+
+    kind: Literal["merge"] = "merge"
+    source: str
+    """Name of the other stream."""
+    source_seq: int = Field(ge=0)
+    """Its newest commit then."""
+    batch: Digest
+    outcomes: Digest
+    manifest: Digest
+
+
+class RebaseCommit(_CommitBase):
+    """Live edits were prepared anew on another base, or at another site. The outcomes give each its new pair, or say why it left."""
+
+    kind: Literal["rebase"] = "rebase"
+    base: dict[str, str | None]
+    """As in `init`."""
+    profile: Digest
+    outcomes: Digest
+    manifest: Digest
+
+    @model_validator(mode="after")
+    def _name_the_base(self) -> "RebaseCommit":
+        if not self.base.get("digest"):
+            raise ValueError(f"base: expected its digest, found {self.base}")
+        return self
+
+
+class ErasureCommit(_CommitBase):
+    """Text and pairs of edits are gone for good, and with them every object that held them; the outcomes are their tombstones."""
+
+    kind: Literal["erasure"] = "erasure"
+    erased: Digest
+    """Of the object that lists what was deleted, and what stands in for it."""
+    outcomes: Digest
+    manifest: Digest
+    promoted: Literal[True] = True
+
+
 class RejectionCommit(_CommitBase):
     """Nothing changed in the model; what became of the records, or of quarantined edits, did. Or a withdrawal was refused."""
 
@@ -223,12 +289,14 @@ class RejectionCommit(_CommitBase):
     promoted: Literal[False] = False
 
 
-AcceptedCommit = EditsCommit | WithdrawalCommit | RollbackCommit | RebuildCommit
+AcceptedCommit = (
+    EditsCommit | WithdrawalCommit | RollbackCommit | RebuildCommit | CompactionCommit | MergeCommit | RebaseCommit | ErasureCommit
+)
 """Each of them is a version of the model."""
 Commit = InitCommit | AcceptedCommit | RejectionCommit
 _Row = TypeVar("_Row", BatchRow, Outcome)
 _COMMIT: TypeAdapter[Commit] = TypeAdapter(Annotated[Commit, Field(discriminator="kind")])
-_KINDS = ("init", "edits", "withdrawal", "rollback", "rebuild", "rejection")
+_KINDS = ("init", "edits", "withdrawal", "rollback", "rebuild", "compaction", "merge", "rebase", "erasure", "rejection")
 
 
 def write_commit(commit: Commit) -> bytes:

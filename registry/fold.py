@@ -7,7 +7,7 @@ are `superseded` or `stale` and share its occurrence's name, so a row's key is (
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,11 +18,14 @@ from registry.events import (
     BatchRow,
     Commit,
     EditsCommit,
+    ErasureCommit,
     FileUse,
     InitCommit,
     Lines,
+    MergeCommit,
     Outcome,
-    RebuildCommit,
+    RebaseCommit,
+    RejectionCommit,
     RollbackCommit,
     Status,
     WithdrawalCommit,
@@ -33,8 +36,16 @@ ASIDE: tuple[Status, ...] = ("superseded", "stale")
 JUDGED: tuple[Status, ...] = ("live", "quarantined", "rejected")
 HELD: tuple[Status, ...] = ("quarantined", "rejected")
 """Waiting for a decision; settled when a later occurrence of the same id is judged."""
-_UNDONE: tuple[Status, ...] = ("live", "withdrawn", "reverted")
-"""What only a withdrawal or a rollback makes of an older occurrence."""
+_WITH_BATCH = EditsCommit | MergeCommit | RejectionCommit
+_WITH_PAIRS = EditsCommit | WithdrawalCommit | MergeCommit | RebaseCommit | ErasureCommit
+"""Kinds that may name new pairs: of new edits, of key groups that lose a member, of another base."""
+_MOVES: dict[Status, tuple[type[Commit], ...]] = {
+    "live": (*get_args(_WITH_PAIRS), RollbackCommit),
+    "withdrawn": (WithdrawalCommit, RollbackCommit),
+    "reverted": (RollbackCommit,),
+    "erased": (ErasureCommit,),
+}
+"""What not every kind may make of an older occurrence."""
 
 
 class EditRow(NamedTuple):
@@ -80,6 +91,9 @@ class Move(NamedTuple):
     by: str | None
     reason: str | None
     withdrawn_at: str | None = None
+    pairs: str | None = None
+    """Its pair from now on; None keeps the one it has."""
+    row: int | None = None
 
 
 class Changes(NamedTuple):
@@ -145,10 +159,12 @@ def derive_changes(commit: Commit, batch: list[BatchRow], outcomes: list[Outcome
     judged = [row.id for row in added if row.status in JUDGED]
     if len(judged) != len(set(judged)):
         raise FormatError(f"commit {commit.seq}: expected one judged record per id, found more")
-    if not isinstance(commit, EditsCommit) and any(row.status == "live" for row in added):
+    if not isinstance(commit, EditsCommit | MergeCommit) and any(row.status == "live" for row in added):
         raise FormatError(f"commit {commit.seq}: expected no live edits of kind {commit.kind}, found some")
-    if isinstance(commit, WithdrawalCommit | RollbackCommit | RebuildCommit) and (batch or commit.files or commit.pairs):
-        raise FormatError(f"commit {commit.seq}: expected no batch, files or pairs of kind {commit.kind}, found some")
+    if not isinstance(commit, _WITH_BATCH) and (batch or commit.files):
+        raise FormatError(f"commit {commit.seq}: expected no batch or files of kind {commit.kind}, found some")
+    if not isinstance(commit, _WITH_PAIRS) and commit.pairs:
+        raise FormatError(f"commit {commit.seq}: expected no pairs of kind {commit.kind}, found some")
     return Changes(tuple(added), tuple(moved), commit.files, dict(tallies))
 
 
@@ -171,13 +187,19 @@ def advance_head(head: Head | None, commit: Commit, digest: str) -> Head:
     if not isinstance(commit, AcceptedCommit):
         return moved
     role = {"champion": commit.seq, "challenger": None} if commit.promoted else {"challenger": commit.seq}
-    return moved.model_copy(update={"manifest": commit.manifest, "accepted": commit.seq, **role})
+    place: dict[str, str] = {}
+    if isinstance(commit, RebaseCommit):
+        place = {"base": str(commit.base["digest"]), "profile": commit.profile}
+    elif isinstance(commit, RollbackCommit):
+        place = {name: digest for name, digest in (("base", commit.base), ("profile", commit.profile)) if digest}
+    return moved.model_copy(update={"manifest": commit.manifest, "accepted": commit.seq, **role, **place})
 
 
 def move_row(row: EditRow, move: Move) -> EditRow:
     """The row after an older occurrence's change. Why the gate refused an edit stays known until something else is said."""
     kept = row.reason if row.status in HELD else None
-    return row._replace(status=move.status, by=move.by, reason=move.reason or kept, withdrawn_at=move.withdrawn_at)
+    moved = row._replace(status=move.status, by=move.by, reason=move.reason or kept, withdrawn_at=move.withdrawn_at)
+    return moved if move.pairs is None else moved._replace(pairs=move.pairs, row=move.row)
 
 
 def settles(added: EditRow, row: EditRow) -> bool:
@@ -227,13 +249,15 @@ def split_occurrence(occurrence: str) -> tuple[str, int]:
 def _read_move(commit: Commit, outcome: Outcome, identity: str, seq: int) -> Move:
     if outcome.status is None:
         raise FormatError(f"commit {commit.seq}: expected a status for {outcome.occurrence}, found {outcome.outcome}")
-    allowed = isinstance(commit, RollbackCommit) or (outcome.status == "withdrawn" and isinstance(commit, WithdrawalCommit))
-    if outcome.status in _UNDONE and not allowed:
+    if outcome.status in _MOVES and not isinstance(commit, _MOVES[outcome.status]):
         raise FormatError(
             f"commit {commit.seq}: expected no older edit to become {outcome.status} by kind {commit.kind}, found {identity}@{seq}"
         )
     since = outcome.since or commit.time if outcome.status == "withdrawn" else None
-    return Move(identity, seq, outcome.status, outcome.by, outcome.reason, since.isoformat() if since else None)
+    if outcome.status == "live" and not isinstance(commit, RollbackCommit) and outcome.pairs is None:
+        raise FormatError(f"commit {commit.seq}: expected the new pair of {identity}@{seq}, which stays live, found none")
+    withdrawn_at = since.isoformat() if since else None
+    return Move(identity, seq, outcome.status, outcome.by, outcome.reason, withdrawn_at, outcome.pairs, outcome.row)
 
 
 def _build_row(commit: Commit, row: BatchRow, outcome: Outcome, status: Status) -> EditRow:

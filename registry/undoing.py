@@ -78,15 +78,30 @@ def compare_live(stream: Stream, target: int) -> list[Outcome]:
     for occurrence, outcome in first.items():
         row = stream.resolve_edit(occurrence)
         # Whatever left without a word on how it stood had been live.
-        was = outcome.before or Standing(status="live")
+        was = outcome.before or Standing(status="live", pairs=row.pairs, row=row.row)
         if split_occurrence(occurrence)[1] > target:
             was = Standing(status="reverted", reason=f"came after commit {target}, which is served again")
-        if (was.status == "live") == (row.status == "live"):
+        live = was.status == "live", row.status == "live"
+        if not any(live) or (all(live) and (was.pairs, was.row) == (row.pairs, row.row)):
             continue
-        before = Standing.model_validate({"status": row.status, "by": row.by, "reason": row.reason, "since": row.withdrawn_at})
-        back = Outcome(outcome=was.status, occurrence=occurrence, by=was.by, reason=was.reason, since=was.since, before=before)
+        back = Outcome(
+            outcome=was.status,
+            occurrence=occurrence,
+            by=was.by,
+            reason=was.reason,
+            since=was.since,
+            pairs=was.pairs,
+            row=was.row,
+            before=describe_standing(row),
+        )
         changed.append(((row.seq, row.position), back))
     return [outcome for _, outcome in sorted(changed, key=lambda item: item[0])]
+
+
+def describe_standing(row: EditRow) -> Standing:
+    """Where an occurrence stands now, for the commit that is about to move it."""
+    place = {"pairs": row.pairs, "row": row.row} if row.status == "live" else {}
+    return Standing.model_validate({"status": row.status, "by": row.by, "reason": row.reason, "since": row.withdrawn_at, **place})
 
 
 class Gone(NamedTuple):

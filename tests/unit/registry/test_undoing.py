@@ -148,7 +148,7 @@ def test_only_live_edits_leave_and_only_others_come_back(clerk: Any) -> None:
     def roll_back(*rows: dict[str, str]) -> Any:
         return clerk.draft_rollback(1, outcomes=objects.put_rows(rows))
 
-    with pytest.raises(StorageError, match="d@4 becomes live: expected it replaced or withdrawn or reverted, found it live"):
+    with pytest.raises(StorageError, match="d@4 stays live: expected another pair than it has"):
         land(clerk, roll_back({"occurrence": "d@4", "outcome": "live"}))
     with pytest.raises(StorageError, match="expected a@1 to replace c@2, found both live"):
         land(clerk, roll_back({"occurrence": "a@1", "outcome": "live"}))
@@ -170,14 +170,23 @@ def test_kinds_do_what_they_say_only(clerk: Any, edit: Make) -> None:
     withdrawn = Outcome(outcome="withdrawn", occurrence="d@4")
     batch = clerk.draft([(edit("Eve", name="e"), "live")])
     rows, outcomes = clerk.stream.read_batch(batch), clerk.stream.read_outcomes(batch)
-    for kind in ("withdrawn", "live", "reverted"):
+    for kind in ("withdrawn", "reverted", "erased"):
         with pytest.raises(FormatError, match=f"expected no older edit to become {kind} by kind edits, found d@4"):
             derive_changes(batch, rows, [*outcomes, withdrawn.model_copy(update={"outcome": kind})])
     back = Outcome(outcome="live", occurrence="b@1")
-    with pytest.raises(FormatError, match="expected no older edit to become live by kind withdrawal, found b@1"):
+    with pytest.raises(FormatError, match="expected the new pair of b@1, which stays live, found none"):
         derive_changes(clerk.draft_withdrawal([]), [], [back])
-    with pytest.raises(FormatError, match="expected no batch, files or pairs of kind withdrawal"):
-        derive_changes(clerk.draft_withdrawal([], pairs=("f" * 64,)), [], [withdrawn])
+    stored = clerk.stream.objects.put(b"pairs")
+    placed = Outcome(outcome="live", occurrence="b@1", pairs=stored, row=0).model_dump(mode="json", exclude_none=True)
+    revived = clerk.draft_withdrawal([], outcomes=clerk.stream.objects.put_rows([placed]), pairs=(stored,))
+    with pytest.raises(StorageError, match="b@1 becomes live: expected it live, found it withdrawn"):
+        land(clerk, revived)
+    with pytest.raises(FormatError, match="expected no batch or files of kind withdrawal"):
+        derive_changes(
+            clerk.draft_withdrawal([]), rows, [row.model_copy(update={"outcome": "quarantined", "pairs": None}) for row in outcomes]
+        )
+    with pytest.raises(FormatError, match="expected no pairs of kind rollback"):
+        derive_changes(clerk.draft_rollback(1, pairs=(stored,)), [], [])
 
 
 def test_commits_read_back_as_they_were_written(clerk: Any) -> None:
