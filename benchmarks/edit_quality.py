@@ -22,6 +22,7 @@ from errata.editors.d4s.editor import D4S
 from errata.edits import Edit
 from errata.evaluation.metrics import all_correct
 from errata.evaluation.scoring import score_targets
+from errata.grouping import Placed, Regrouping, regroup
 from errata.manifests import Manifest, PairRef
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
@@ -96,18 +97,31 @@ def _measure_mixed(base: Base, editor: D4S, stream: Sequence[Edit], batch: int) 
     )
 
 
-def write_stream(blobs: MemoryBlobs, base: Base, editor: D4S, stream: Sequence[Edit], batch: int) -> tuple[Manifest, dict[str, PairRef]]:
-    """All edits, batch by batch, through the code a stream uses; a later edit of a slot replaces the earlier."""
+def write_stream(
+    blobs: MemoryBlobs, base: Base, editor: D4S, stream: Sequence[Edit], batch: int, *, grouped: bool = True
+) -> tuple[Manifest, dict[str, PairRef]]:
+    """All edits, batch by batch, through the code a stream uses; a later edit of a slot replaces the earlier.
+
+    Args:
+        grouped: edits of one subject share a pair; else each has one of its own.
+    """
     manifest = start_manifest(editor, base.digest, "")
     live: dict[str, Edit] = {}
     refs: dict[str, PairRef] = {}
     for start in range(0, len(stream), batch):
-        chunk = list({edit.slot: edit for edit in stream[start : start + batch]}.values())
-        prepared = prepare_batch(blobs, editor, base, chunk, {}, lambda *_: None)
-        remove = [refs[live[edit.slot].edit_id] for edit in chunk if edit.slot in live]
+        chunk = {edit.slot: edit for edit in stream[start : start + batch]}
+        replaced = [live.pop(slot) for slot in chunk if slot in live]
+        subjects = {edit.subject_key for edit in (*chunk.values(), *replaced)}
+        staying = [Placed(edit, refs[edit.edit_id]) for edit in live.values() if edit.subject_key in subjects]
+        leaving = [refs[edit.edit_id] for edit in replaced]
+        changed = regroup(editor, base, list(chunk.values()), staying, leaving)
+        if not grouped:
+            changed = Regrouping(tuple(chunk.values()), (), tuple(leaving))
+        prepared = prepare_batch(blobs, editor, base, changed.edits, {}, lambda *_: None, groups=changed.groups)
         refs |= prepared.refs
-        manifest = build_candidate(blobs, editor, manifest, [refs[edit.edit_id] for edit in chunk], remove, snapshot_every=10).manifest
-        live |= {edit.slot: edit for edit in chunk}
+        add = list(dict.fromkeys(prepared.refs.values()))
+        manifest = build_candidate(blobs, editor, manifest, add, changed.remove, snapshot_every=10).manifest
+        live |= chunk
     return manifest, refs
 
 

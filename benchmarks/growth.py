@@ -74,7 +74,7 @@ def _apply_one(stream: str) -> dict[str, float]:
     order = timed("order", order_batch, stream)
     prepared = timed("prepare", prepare_pairs, stream, order)
     candidate = timed("merge", merge_pairs, stream, order, prepared, prepared.ready)
-    judged = timed("evaluate", judge_candidate, stream, order, prepared, candidate, [])
+    judged = timed("evaluate", judge_candidate, stream, order, candidate, [])
     timed("commit", commit_batch, stream, order, prepared, [judged])
     return spent
 

@@ -1,12 +1,14 @@
 """From stored pairs to a candidate: prepare what is missing, merge, solve. The head and the base are never changed (design §3)."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from errata.editors.artifacts import WeightDelta, load_artifact
-from errata.editors.base import Blobs, Editor, Pairs, Progress, State
+from errata.editors.base import Blobs, Editor, Pairs, Progress, State, list_units
 from errata.edits import Edit, canonical_json
 from errata.manifests import Change, Layer, Manifest, PairRef, StateRef, extend_recipe, group_changes, start_recipe
 from errata.modeling.loading import Base
@@ -15,12 +17,14 @@ _CHUNK = 50
 """Edits prepared between two writes: what an interrupted run has to do again."""
 
 
-@dataclass(frozen=True)
-class StoredPair:
+class StoredPair(BaseModel):
     """A pair that an earlier, interrupted run has stored."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     ref: PairRef
-    loss: float
+    losses: tuple[float, ...]
+    """Of its edits in canonical order: nats per token of the target that are left at z."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class PreparedBatch:
     """Where the pairs of a batch are stored, and what became of each edit."""
 
     refs: Mapping[str, PairRef]
-    """Edit id → its stored pair."""
+    """Edit id → its stored pair; edits of one group have the same."""
     losses: Mapping[str, float]
     """Edit id → nats per token of its target that are left at z."""
     refused: Mapping[str, str]
@@ -49,37 +53,64 @@ def prepare_batch(
     base: Base,
     edits: Sequence[Edit],
     known: Mapping[str, StoredPair],
-    remember: Callable[[str, Mapping[str, float]], None],
+    remember: Callable[[str, Mapping[str, Sequence[float]]], None],
     on_progress: Progress | None = None,
+    groups: Sequence[Sequence[str]] = (),
 ) -> PreparedBatch:
     """Pairs of a batch: those of an earlier, interrupted run are reused, the others are made and stored chunk by chunk.
 
     Args:
-        known: name of an edit (`name_pair`) → pair stored by an earlier run.
-        remember: called with (digest of a stored pairs object, name → loss of its rows, in order) right after each write.
+        known: name of a pair (`name_pair`) → pair stored by an earlier run.
+        remember: called with (digest of a stored pairs object, name → losses of its rows, in order) right after each write.
+        groups: ids of edits that share one pair.
     """
-    refs = {edit.edit_id: known[name].ref for edit in edits if (name := name_pair(edit)) in known}
-    losses = {edit.edit_id: known[name].loss for edit in edits if (name := name_pair(edit)) in known}
-    missing = [edit for edit in edits if edit.edit_id not in refs]
+    by_id = {edit.edit_id: edit for edit in edits}
+    refs: dict[str, PairRef] = {}
+    losses: dict[str, float] = {}
     refused: dict[str, str] = {}
-    for start in range(0, len(missing), _CHUNK):
-        chunk = missing[start : start + _CHUNK]
-        prepared = editor.prepare(base, chunk, _shift_progress(on_progress, len(refs) + len(refused), len(edits)))
+    missing: list[tuple[str, ...]] = []
+    for unit in list_units(by_id, groups):
+        stored = known.get(name_pair([by_id[edit_id] for edit_id in unit]))
+        if stored is None:
+            missing.append(unit)
+            continue
+        refs |= dict.fromkeys(unit, stored.ref)
+        losses |= dict(zip(unit, stored.losses, strict=True))
+    for chunk in _cut(missing):
+        asked = [by_id[edit_id] for unit in chunk for edit_id in unit]
+        prepared = editor.prepare(base, asked, _shift_progress(on_progress, len(refs) + len(refused), len(edits)), groups)
         refused |= prepared.refused
         if prepared.pairs is None:
             continue
-        stored = blobs.put(prepared.pairs.to_bytes())
-        names = {edit.edit_id: name_pair(edit) for edit in chunk}
-        rows = {owners[0]: row for row, owners in enumerate(prepared.pairs.owners)}
-        remember(stored, {names[edit_id]: prepared.notes[edit_id].target_nll for edit_id in rows})
-        refs |= {edit_id: PairRef(pairs=stored, row=row) for edit_id, row in rows.items()}
-        losses |= {edit_id: prepared.notes[edit_id].target_nll for edit_id in rows}
+        digest = blobs.put(prepared.pairs.to_bytes())
+        left = {edit_id: prepared.notes[edit_id].target_nll for owners in prepared.pairs.owners for edit_id in owners}
+        names = [name_pair([by_id[edit_id] for edit_id in owners]) for owners in prepared.pairs.owners]
+        remember(digest, {name: [left[i] for i in owners] for name, owners in zip(names, prepared.pairs.owners, strict=True)})
+        for row, owners in enumerate(prepared.pairs.owners):
+            refs |= dict.fromkeys(owners, PairRef(pairs=digest, row=row))
+        losses |= left
     return PreparedBatch(refs, losses, refused)
 
 
-def name_pair(edit: Edit) -> str:
-    """What makes an edit's pair its own: its content, and its id too, since a pair names its owner."""
-    return f"{edit.edit_id} {edit.content_id}"
+def name_pair(edits: Sequence[Edit]) -> str:
+    """What makes a pair that of these edits: their contents, and their ids too, since a pair names its owners.
+
+    Args:
+        edits: those that share it, in canonical order.
+    """
+    return " ".join(f"{edit.edit_id} {edit.content_id}" for edit in edits)
+
+
+def _cut(units: Sequence[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    """Units in runs of about `_CHUNK` edits."""
+    chunk: list[tuple[str, ...]] = []
+    for unit in units:
+        if chunk and sum(map(len, chunk)) + len(unit) > _CHUNK:
+            yield chunk
+            chunk = []
+        chunk.append(unit)
+    if chunk:
+        yield chunk
 
 
 def _shift_progress(on_progress: Progress | None, done: int, total: int) -> Progress | None:

@@ -140,11 +140,21 @@ class Edit(BaseModel):
         return self.id or self.content_id
 
     @property
+    def subject_key(self) -> str:
+        """What edits of one subject have in common, however it is cased. 32 hex digits."""
+        return digest_subject(self.subject)
+
+    @property
     def slot(self) -> str:
         """The conflict slot: two live edits may not share one. (casefolded subject, relation_id), else (subject, prompt)."""
         subject = normalise(self.subject.casefold())
         parts = ["relation", subject, self.relation_id] if self.relation_id else ["prompt", subject, self.prompt]
         return hashlib.sha256(canonical_json(parts)).hexdigest()[:32]
+
+
+def digest_subject(subject: str) -> str:
+    """The `subject_key` of edits of this subject."""
+    return digest_of(normalise(subject.casefold()).encode())[:32]
 
 
 class Submission(BaseModel):

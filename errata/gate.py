@@ -196,6 +196,8 @@ def _blame_outcome(row: EditRow, crowded: bool, settings: GateSettings) -> str |
     if not row.efficacy:
         loss = "" if row.loss is None else f", at {row.loss:.3f} nats per token"
         return f"It did not take: {row.token_accuracy:.3f} of its target's tokens are the model's choice{loss}, expected all."
+    if row.broken:
+        return f"It shares its pair with older edits of its subject that no longer take: {', '.join(row.broken)}."
     if _falls_short(row.paper.specificity, settings.min_own_specificity, 1 if crowded else settings.n_min):
         return (
             f"Its own neighbours are broken: agreement with the base is {_show(row.paper.specificity)}, "

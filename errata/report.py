@@ -103,6 +103,8 @@ class EditRow(_Part):
     held_out: ProbeScores
     paper: ProbeScores
     diagnosis: Diagnosis | None = None
+    broken: tuple[str, ...] = ()
+    """Older edits that share its pair and whose target_new is no longer the answer."""
 
 
 class Retention(_Part):

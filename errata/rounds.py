@@ -2,9 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from errata.candidates import StoredPair
 from errata.gate import Decision
 from errata.manifests import PairRef
-from errata.report import Diagnosis
 
 
 class _Record(BaseModel):
@@ -14,9 +14,8 @@ class _Record(BaseModel):
 class PreparedRecord(_Record):
     """A prepared batch as it is stored."""
 
-    refs: dict[str, PairRef]
-    """Edit id → its stored pair."""
-    diagnoses: dict[str, Diagnosis]
+    pairs: dict[str, StoredPair]
+    """Name of a pair (`errata.candidates.name_pair`) → where it lies."""
     refused: dict[str, str]
     """Edit id → why no pair can be made of it."""
 
@@ -27,7 +26,7 @@ class Prepared(_Record):
     record: str
     """Digest of its `PreparedRecord`."""
     ready: tuple[str, ...]
-    """Ids of the edits that have a pair, in order."""
+    """Ids of the edits of the order that have a pair, in order."""
     seconds: float
 
 
@@ -37,6 +36,12 @@ class Round(_Record):
     rest: tuple[str, ...]
     """Ids of the edits in it, in order."""
     manifest: str
+    placed: dict[str, PairRef] = {}
+    """Edit id → the pair it has in this candidate, for its own edits and for older ones whose key group changed."""
+    removed: tuple[PairRef, ...] = ()
+    """Pairs that were subtracted."""
+    losses: dict[str, float] = {}
+    """Edit id → nats per token of its target that are left at z."""
     fits: dict[str, float]
     """Edit id → ρ, the fraction of its residual that the solve realises."""
     report: str | None = None

@@ -35,7 +35,7 @@ def apply_edits(stream: str = "main", dry_run: bool = False) -> list[BatchSummar
         rest = prepared.ready
         while rest:
             candidate = merge_pairs(stream, order, prepared, rest)
-            rounds.append(judge_candidate(stream, order, prepared, candidate, rounds))
+            rounds.append(judge_candidate(stream, order, candidate, rounds))
             rest = rounds[-1].again
         try:
             done.append(commit_batch(stream, order, prepared, rounds, dry_run))

@@ -119,7 +119,7 @@ def describe_edit(stream: Stream, row: EditRow) -> Facts:
         {"occurrence": item.occurrence, "status": item.status, "by": item.by, "reason": item.reason, "commit": item.seq}
         for item in stream.index.find_occurrences(row.id)
     ]
-    beside = [item.occurrence for item in stream.index.find_subject(record.edit.subject) if item.occurrence != row.occurrence]
+    beside = [item.occurrence for item in stream.index.find_subject(record.edit.subject_key) if item.occurrence != row.occurrence]
     return {
         "id": row.id,
         "occurrence": row.occurrence,

@@ -11,7 +11,6 @@ from typing import NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from errata.edits import digest_of, normalise
 from errata.errors import FormatError
 from registry.events import (
     AcceptedCommit,
@@ -229,11 +228,6 @@ def join_lines(runs: Iterable[Lines]) -> tuple[Lines, ...]:
     return tuple(joined)
 
 
-def subject_key(subject: str) -> str:
-    """What edits of one subject have in common, however it is cased."""
-    return digest_of(normalise(subject.casefold()).encode())[:32]
-
-
 def split_occurrence(occurrence: str) -> tuple[str, int]:
     """(id, seq) of `<id>@<seq>`.
 
@@ -269,7 +263,7 @@ def _build_row(commit: Commit, row: BatchRow, outcome: Outcome, status: Status) 
         status=status,
         slot=edit.slot,
         content=edit.content_id,
-        subject=subject_key(edit.subject),
+        subject=edit.subject_key,
         batch=commit.batch or "",
         pairs=outcome.pairs,
         row=outcome.row,

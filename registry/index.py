@@ -13,7 +13,7 @@ from pathlib import Path
 from errata.edits import digest_of
 from errata.errors import StorageError
 from registry.events import FileUse, Status
-from registry.fold import ASIDE, HELD, Changes, EditRow, Head, merge_use, move_row, settle_row, settles, subject_key
+from registry.fold import ASIDE, HELD, Changes, EditRow, Head, merge_use, move_row, settle_row, settles
 
 _SCHEMA_VERSION = 2
 _COLUMNS = ", ".join(f'"{name}"' for name in EditRow._fields)
@@ -75,11 +75,9 @@ class Index:
         """The live edit in a conflict slot."""
         return self._first(f"{_SELECT} INDEXED BY live_by_slot WHERE status = 'live' AND slot = ?", slot)
 
-    def find_subject(self, subject: str) -> list[EditRow]:
-        """The live edits of one subject, oldest first."""
-        return self._all(
-            f"{_SELECT} INDEXED BY live_by_subject WHERE status = 'live' AND subject = ? ORDER BY seq, position", subject_key(subject)
-        )
+    def find_subject(self, key: str) -> list[EditRow]:
+        """The live edits of one subject by its `Edit.subject_key`, oldest first."""
+        return self._all(f"{_SELECT} INDEXED BY live_by_subject WHERE status = 'live' AND subject = ? ORDER BY seq, position", key)
 
     def find_rows(self, *statuses: Status) -> Iterator[EditRow]:
         """All occurrences with one of the statuses, in order of arrival. Reads page by page, so commits may go on meanwhile."""

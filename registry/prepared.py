@@ -11,12 +11,12 @@ from errata.edits import canonical_json
 from errata.errors import KeyExistsError
 from registry.stream import Stream
 
-Place = tuple[str, int, float]
-"""Digest of a pairs object, the row in it, and the loss its optimisation ended with, in nats per token of the target."""
+Place = tuple[str, int, list[float]]
+"""Digest of a pairs object, the row in it, and the losses its optimisation ended with, in nats per token of the target, edit by edit."""
 
 
-def remember_pairs(stream: Stream, prepare: str, pairs: str, losses: Mapping[str, float]) -> None:
-    """Note that rows 0, 1, … of the object `pairs` belong to the edits of these names, and how far each came.
+def remember_pairs(stream: Stream, prepare: str, pairs: str, losses: Mapping[str, Sequence[float]]) -> None:
+    """Note that rows 0, 1, … of the object `pairs` are the pairs of these names, and how far their edits came.
 
     Args:
         prepare: digest of what the pairs depend on besides the edit: base and prepare options.
@@ -26,14 +26,14 @@ def remember_pairs(stream: Stream, prepare: str, pairs: str, losses: Mapping[str
 
 
 def recall_pairs(stream: Stream, prepare: str) -> dict[str, Place]:
-    """Name of an edit → where its pair lies."""
+    """Name of a pair → where it lies."""
     found: dict[str, Place] = {}
     prefix = stream.key(f"prepared/{prepare}/")
     for entry in stream.storage.list(prefix):
         pairs = entry.key.removeprefix(prefix).removesuffix(".json")
         if stream.objects.exists(pairs):
             rows = json.loads(stream.storage.read(entry.key))
-            found |= {name: (pairs, row, loss) for row, (name, loss) in enumerate(rows)}
+            found |= {name: (pairs, row, losses) for row, (name, losses) in enumerate(rows)}
     return found
 
 

@@ -4,7 +4,7 @@ import platform
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -25,6 +25,7 @@ from registry.fold import EditRow, join_lines
 from registry.orders import Order
 from registry.prepared import forget_pairs
 from registry.stream import Stream
+from registry.undoing import describe_standing
 from tasks._session import load_model, open_named
 from tasks._task import stage
 from tasks.editing import digest_preparation
@@ -54,7 +55,7 @@ def commit_batch(stream: str, order: str, prepared: Prepared, rounds: list[Round
     if not dry_run:
         commit_once(opened, draft)
         opened.remove_consumed(draft.files)
-        if record.refs:
+        if record.pairs:
             forget_pairs(opened, digest_preparation(load_model(settings, opened)), _list_settled(record, rounds))
     return summarise(opened, draft, outcomes, rounds, None if dry_run else draft.seq)
 
@@ -118,13 +119,16 @@ def draft_commit(
     deferred = {edit_id for edit_id, fate in fates.items() if fate.outcome == "deferred"}
     planned = [item for item in order.additions if item.row.edit.edit_id not in deferred]
     rows = sorted([*order.rows, *(item.row for item in planned)], key=lambda row: row.position)
+    last = rounds[-1] if rounds else None
+    placed = last.placed if last else {}
     outcomes = [_forget_deferred(outcome, deferred) for outcome in order.settled]
     for item in planned:
-        outcomes += _conclude(item.row, item.replaces, fates[item.row.edit.edit_id], record.refs, order.under)
+        outcomes += _conclude(stream, item.row, item.replaces, fates[item.row.edit.edit_id], placed, order.under)
     outcomes = _move_once(outcomes)
-    accepted = [item.row.edit.edit_id for item in planned if fates[item.row.edit.edit_id].outcome == "accepted"]
+    accepted = {item.row.edit.edit_id for item in planned if fates[item.row.edit.edit_id].outcome == "accepted"}
+    if accepted:
+        outcomes += move_pairs(stream, {edit_id: ref for edit_id, ref in placed.items() if edit_id not in accepted})
     waiting = {(item.row.file, item.row.line) for item in order.additions if item.row.edit.edit_id in deferred}
-    last = rounds[-1] if rounds else None
     fields: dict[str, Any] = {
         "seq": order.seq,
         "parent": order.parent,
@@ -138,7 +142,7 @@ def draft_commit(
         **describe_writer(settings),
     }
     if accepted and last is not None:
-        pairs = tuple(dict.fromkeys(record.refs[edit_id].pairs for edit_id in accepted))
+        pairs = tuple(dict.fromkeys(ref.pairs for ref in placed.values()))
         return EditsCommit(manifest=last.manifest, pairs=pairs, promoted=settings.policy.promote == "auto", **fields), outcomes
     return RejectionCommit(manifest=order.manifest, **fields), outcomes
 
@@ -150,7 +154,18 @@ def _forget_deferred(outcome: Outcome, deferred: set[str]) -> Outcome:
     return outcome
 
 
-def _conclude(row: BatchRow, replaces: Sequence[str], fate: Settled, refs: dict[str, PairRef], under: str) -> Iterator[Outcome]:
+def move_pairs(stream: Stream, placed: Mapping[str, PairRef]) -> list[Outcome]:
+    """Outcomes of live edits that another pair carries from now on, by edit id."""
+    outcomes = []
+    for edit_id, ref in placed.items():
+        row = stream.resolve_edit(edit_id)
+        outcomes.append(Outcome(outcome="live", occurrence=row.occurrence, pairs=ref.pairs, row=ref.row, before=describe_standing(row)))
+    return outcomes
+
+
+def _conclude(
+    stream: Stream, row: BatchRow, replaces: Sequence[str], fate: Settled, placed: Mapping[str, PairRef], under: str
+) -> Iterator[Outcome]:
     place = {"file": row.file, "line": row.line, "origin": row.origin}
     if fate.outcome != "accepted":
         yield Outcome(
@@ -161,10 +176,11 @@ def _conclude(row: BatchRow, replaces: Sequence[str], fate: Settled, refs: dict[
             **place,
         )
         return
-    ref = refs[row.edit.edit_id]
+    ref = placed[row.edit.edit_id]
     yield Outcome(outcome="live", occurrence=row.occurrence, pairs=ref.pairs, row=ref.row, **place)
     for occurrence in replaces:
-        yield Outcome(outcome="replaced", occurrence=occurrence, by=row.occurrence)
+        before = describe_standing(stream.resolve_edit(occurrence))
+        yield Outcome(outcome="replaced", occurrence=occurrence, by=row.occurrence, before=before)
 
 
 def _move_once(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -189,8 +205,9 @@ def _keep_waiting(files: Sequence[FileUse], waiting: set[tuple[str, int]]) -> It
 def _list_settled(record: PreparedRecord, rounds: Sequence[Round]) -> list[str]:
     """The pairs objects that no later batch needs: those of deferred edits will be looked for."""
     deferred = {edit_id for item in rounds if item.decision for edit_id in item.decision.defer}
-    waiting = {record.refs[edit_id].pairs for edit_id in deferred}
-    return sorted({ref.pairs for ref in record.refs.values()} - waiting)
+    waiting = {ref.pairs for item in rounds for edit_id, ref in item.placed.items() if edit_id in deferred}
+    named = {stored.ref.pairs for stored in record.pairs.values()} | {ref.pairs for item in rounds for ref in item.placed.values()}
+    return sorted(named - waiting)
 
 
 def commit_once(stream: Stream, draft: Commit) -> None:

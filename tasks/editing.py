@@ -1,13 +1,15 @@
 """Work order to candidate: pairs on the base, merged into the head's state."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from errata.candidates import StoredPair, build_candidate, prepare_batch
-from errata.edits import canonical_json, digest_of
+from errata.candidates import PreparedBatch, StoredPair, build_candidate, name_pair, prepare_batch
+from errata.editors.base import list_units
+from errata.edits import Edit, canonical_json, digest_of
+from errata.grouping import Placed, Regrouping, regroup
 from errata.manifests import PairRef
-from errata.report import Diagnosis
 from errata.rounds import Prepared, PreparedRecord, Round
+from registry.fold import EditRow
 from registry.orders import Order
 from registry.prepared import recall_pairs, remember_pairs
 from registry.stream import Stream
@@ -18,60 +20,108 @@ from tasks._task import stage
 
 @stage
 def prepare_pairs(stream: str, order: str) -> Prepared:
-    """Keys and residuals of the order's edits, stored. Pairs of an interrupted run are used again."""
+    """Keys and residuals of the order's edits and of their key groups, stored. Pairs of an interrupted run are used again."""
     settings, opened = open_named(stream)
-    edits = [planned.row.edit for planned in Order.load(opened.objects, order).additions]
-    if not edits:
-        return Prepared(record=opened.objects.put(canonical_json(PreparedRecord(refs={}, diagnoses={}, refused={}))), ready=(), seconds=0)
-    model = load_model(settings, opened)
-    scope = digest_preparation(model)
-    known = {name: StoredPair(PairRef(pairs=pairs, row=row), loss) for name, (pairs, row, loss) in recall_pairs(opened, scope).items()}
+    work = Order.load(opened.objects, order)
+    ids = [planned.row.edit.edit_id for planned in work.additions]
+    if not ids:
+        return Prepared(record=opened.objects.put(canonical_json(PreparedRecord(pairs={}, refused={}))), ready=(), seconds=0)
     begun = time.perf_counter()
-    with show_progress("optimising targets") as on_progress:
-        made = prepare_batch(
-            opened.objects,
-            model.editor,
-            model.base,
-            edits,
-            known,
-            lambda pairs, losses: remember_pairs(opened, scope, pairs, losses),
-            on_progress,
-        )
-    diagnoses = {edit_id: Diagnosis(loss=loss) for edit_id, loss in made.losses.items()}
-    record = PreparedRecord(refs=dict(made.refs), diagnoses=diagnoses, refused=dict(made.refused))
-    ready = tuple(edit.edit_id for edit in edits if edit.edit_id in made.refs)
+    model = load_model(settings, opened)
+    changed = plan_pairs(opened, model, work, ids)
+    known, made = prepare_regrouped(opened, model, changed, {})
+    # An edit that is refused may have been in a group: what is left of it gets a pair in the first round.
+    record = PreparedRecord(pairs=known, refused=dict(made.refused))
+    ready = tuple(edit_id for edit_id in ids if edit_id in made.refs)
     return Prepared(record=opened.objects.put(canonical_json(record)), ready=ready, seconds=time.perf_counter() - begun)
 
 
 @stage
 def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]) -> Round:
-    """The head's state with the pairs of the edits in `rest`, solved: a candidate that nothing points to yet."""
+    """The head's state with the pairs of the edits in `rest`, solved: a candidate that nothing points to yet.
+
+    Key groups that have lost an edit since they were prepared get another pair, which is prepared here.
+    """
     settings, opened = open_named(stream)
     model = load_model(settings, opened)
     begun = time.perf_counter()
     work, record = Order.load(opened.objects, order), PreparedRecord.model_validate_json(opened.objects.get(prepared.record))
+    changed = plan_pairs(opened, model, work, rest)
+    _, made = prepare_regrouped(opened, model, changed, record.pairs)
     candidate = build_candidate(
         opened.objects,
         model.editor,
         read_manifest(opened, work.manifest),
-        add=[record.refs[edit_id] for edit_id in rest],
-        remove=find_replaced(opened, work, set(rest)),
+        add=list(dict.fromkeys(made.refs[edit.edit_id] for edit in changed.edits)),
+        remove=changed.remove,
         snapshot_every=settings.apply.snapshot_every,
     )
-    manifest = opened.objects.put(candidate.manifest.to_bytes())
-    return Round(rest=tuple(rest), manifest=manifest, fits=dict(candidate.fits), seconds={"merge": time.perf_counter() - begun})
+    return Round(
+        rest=tuple(rest),
+        manifest=opened.objects.put(candidate.manifest.to_bytes()),
+        placed={edit.edit_id: made.refs[edit.edit_id] for edit in changed.edits},
+        removed=changed.remove,
+        losses=dict(made.losses),
+        fits=dict(candidate.fits),
+        seconds={"merge": time.perf_counter() - begun},
+    )
+
+
+def plan_pairs(stream: Stream, model: Model, order: Order, kept: Sequence[str]) -> Regrouping:
+    """What adding the edits `kept` of an order does to pairs."""
+    chosen = set(kept)
+    planned = [item for item in order.additions if item.row.edit.edit_id in chosen]
+    leaving = [stream.resolve_edit(name) for name in dict.fromkeys(name for item in planned for name in item.replaces)]
+    return plan_changes(stream, model, [item.row.edit for item in planned], leaving)
+
+
+def plan_changes(stream: Stream, model: Model, coming: Sequence[Edit], leaving: Sequence[EditRow]) -> Regrouping:
+    """What happens to pairs when edits come and live ones go.
+
+    Reads the texts of the other live edits of the same subjects, however long the stream is.
+    """
+    gone = {row.occurrence for row in leaving}
+    subjects = dict.fromkeys((*(edit.subject_key for edit in coming), *(row.subject for row in leaving)))
+    rows = [row for key in subjects for row in stream.index.find_subject(key) if row.occurrence not in gone]
+    staying = [Placed(stream.read_record(row).edit, refer(row)) for row in rows]
+    return regroup(model.editor, model.base, coming, staying, map(refer, leaving))
+
+
+def prepare_regrouped(
+    stream: Stream, model: Model, changed: Regrouping, known: Mapping[str, StoredPair]
+) -> tuple[dict[str, StoredPair], PreparedBatch]:
+    """The new pairs, by name and by edit; those that are `known` or were stored by an interrupted run are used again."""
+    scope = digest_preparation(model)
+    by_id = {edit.edit_id: edit for edit in changed.edits}
+    if any(name_pair([by_id[i] for i in unit]) not in known for unit in list_units(by_id, changed.groups)):
+        found = recall_pairs(stream, scope).items()
+        stored = {name: StoredPair(ref=PairRef(pairs=pairs, row=row), losses=tuple(losses)) for name, (pairs, row, losses) in found}
+        known = {**stored, **known}
+    with show_progress("optimising targets") as on_progress:
+        made = prepare_batch(
+            stream.objects,
+            model.editor,
+            model.base,
+            changed.edits,
+            known,
+            lambda pairs, losses: remember_pairs(stream, scope, pairs, losses),
+            on_progress,
+            changed.groups,
+        )
+    units = list_units(made.refs, changed.groups)
+    pairs = {
+        name_pair([by_id[i] for i in unit]): StoredPair(ref=made.refs[unit[0]], losses=tuple(made.losses[i] for i in unit))
+        for unit in units
+    }
+    return pairs, made
+
+
+def refer(row: EditRow) -> PairRef:
+    """Where the pair of a live edit lies."""
+    assert row.pairs is not None and row.row is not None, f"{row.occurrence} is live and has no pair"
+    return PairRef(pairs=row.pairs, row=row.row)
 
 
 def digest_preparation(model: Model) -> str:
     """What a pair depends on besides its edit."""
     return digest_of(canonical_json([model.base.digest, model.profile.prepare.digest, model.editor.name, model.editor.version]))[:32]
-
-
-def find_replaced(stream: Stream, order: Order, kept: set[str]) -> list[PairRef]:
-    """The stored pairs of the live edits that the kept additions replace, each once."""
-    occurrences = dict.fromkeys(name for planned in order.additions if planned.row.edit.edit_id in kept for name in planned.replaces)
-    refs = []
-    for row in map(stream.resolve_edit, occurrences):
-        assert row.pairs is not None and row.row is not None, f"{row.occurrence} is live and has no pair"
-        refs.append(PairRef(pairs=row.pairs, row=row.row))
-    return refs

@@ -4,12 +4,13 @@ import time
 from collections.abc import Sequence
 
 from errata.candidates import load_artifacts
+from errata.edits import Edit
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.gate import decide
 from errata.manifests import Manifest
 from errata.monitors.locality import PROBE_TEXTS
-from errata.report import Report
-from errata.rounds import Prepared, PreparedRecord, Round
+from errata.report import Diagnosis, Report
+from errata.rounds import Round
 from errata.world import FILLER
 from registry.orders import Order
 from registry.stream import Stream
@@ -19,12 +20,12 @@ from tasks._task import stage
 
 
 @stage
-def judge_candidate(stream: str, order: str, prepared: Prepared, candidate: Round, earlier: Sequence[Round]) -> Round:
+def judge_candidate(stream: str, order: str, candidate: Round, earlier: Sequence[Round]) -> Round:
     """The round with its report and the gate's decision."""
     settings, opened = open_named(stream)
     model = load_model(settings, opened)
     begun = time.perf_counter()
-    work, record = Order.load(opened.objects, order), PreparedRecord.model_validate_json(opened.objects.get(prepared.record))
+    work = Order.load(opened.objects, order)
     edits = {planned.row.edit.edit_id: planned.row.edit for planned in work.additions}
     leaving = {name for planned in work.additions if planned.row.edit.edit_id in candidate.rest for name in planned.replaces}
     sample = opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)
@@ -37,7 +38,8 @@ def judge_candidate(stream: str, order: str, prepared: Prepared, candidate: Roun
             retained,
             read_retention(opened),
             settings.evaluate,
-            diagnoses=record.diagnoses,
+            mates=find_mates(opened, candidate),
+            diagnoses={edit_id: Diagnosis(loss=candidate.losses[edit_id]) for edit_id in candidate.rest},
             fits=candidate.fits,
             probe_texts=FILLER if model.ref.kind == "builtin" else PROBE_TEXTS,
             progress=lambda _stage, done, total: on_progress(done, total),
@@ -46,6 +48,20 @@ def judge_candidate(stream: str, order: str, prepared: Prepared, candidate: Roun
     decision = decide(report, [item.decision for item in earlier if item.decision], settings.gate)
     seconds = {**candidate.seconds, "evaluate": time.perf_counter() - begun}
     return candidate.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision, "seconds": seconds})
+
+
+def find_mates(stream: Stream, candidate: Round) -> dict[str, list[Edit]]:
+    """Edit id → the older edits that share its pair in the candidate."""
+    mates: dict[str, list[Edit]] = {}
+    older = [(edit_id, ref) for edit_id, ref in candidate.placed.items() if edit_id not in set(candidate.rest)]
+    for edit_id, ref in older:
+        row = stream.index.find_edit(edit_id)
+        assert row is not None and row.status == "live", f"{edit_id} shares a pair and is not live"
+        edit = stream.read_record(row).edit
+        for own in candidate.rest:
+            if candidate.placed[own] == ref:
+                mates.setdefault(own, []).append(edit)
+    return mates
 
 
 def read_retention(stream: Stream) -> float | None:

@@ -14,7 +14,7 @@ from errata.replay import Entry, Remade, Replay, Step
 from errata.settings import Settings, load_settings
 from registry.commit import commit as make_commit
 from registry.events import Commit, EditsCommit, InitCommit, Outcome, RebuildCommit, RollbackCommit, WithdrawalCommit
-from registry.fold import Head
+from registry.fold import Head, split_occurrence
 from registry.history import History, is_accepted, list_named, open_history
 from registry.stream import open_stream
 from tasks._progress import show_progress
@@ -120,13 +120,26 @@ def derive_step(history: History, commit: Commit) -> Step | None:
     """What an accepted commit does to the state, from its outcomes and those of the commits whose edits leave; None where they are lost."""
     try:
         outcomes = history.read_outcomes(commit)
-        leaving = dict.fromkeys(outcome.occurrence or "" for outcome in outcomes if outcome.outcome in ("replaced", "withdrawn"))
-        remove = [history.find_pair(occurrence) for occurrence in leaving]
+        remove = dict.fromkeys(_find_left(history, outcome) for outcome in outcomes if _leaves_pair(outcome, commit))
     except _LOST:
         return None
-    coming = [outcome for outcome in outcomes if outcome.outcome == "live"]
-    add = tuple(PairRef(pairs=outcome.pairs or "", row=outcome.row or 0) for outcome in coming)
-    return Step(remove=tuple(PairRef(pairs=pairs, row=row) for pairs, row in remove), add=add)
+    add = dict.fromkeys(PairRef(pairs=outcome.pairs or "", row=outcome.row or 0) for outcome in outcomes if outcome.outcome == "live")
+    return Step(remove=tuple(remove), add=tuple(add))
+
+
+def _leaves_pair(outcome: Outcome, commit: Commit) -> bool:
+    """Whether an edit that was live leaves, or gets another pair."""
+    older = outcome.occurrence is not None and split_occurrence(outcome.occurrence)[1] < commit.seq
+    return older and outcome.outcome in ("replaced", "withdrawn", "live")
+
+
+def _find_left(history: History, outcome: Outcome) -> PairRef:
+    """The pair that an edit had before."""
+    before = outcome.before
+    if before is not None and before.pairs is not None and before.row is not None:
+        return PairRef(pairs=before.pairs, row=before.row)
+    pairs, row = history.find_pair(outcome.occurrence or "")
+    return PairRef(pairs=pairs, row=row)
 
 
 def _remember_steps(history: History) -> Callable[[int], Step | None]:

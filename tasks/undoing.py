@@ -4,26 +4,27 @@ import re
 import time
 
 from errata.candidates import build_candidate, load_artifacts
-from errata.errors import KeyMissingError
+from errata.errors import EditorError, KeyMissingError
 from errata.evaluation.consistency import measure_consistency
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.exactness import measure_exactness
 from errata.gate import decide
-from errata.manifests import Manifest, PairRef
+from errata.manifests import Manifest
 from errata.monitors.locality import PROBE_TEXTS
 from errata.report import Report
 from errata.rounds import Round
 from errata.summary import RollbackSummary, WithdrawalSummary
 from errata.world import FILLER
 from registry.events import Commit, Outcome, RejectionCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
-from registry.fold import EditRow
 from registry.orders import WithdrawalOrder
+from registry.prepared import forget_pairs
 from registry.stream import Stream
-from registry.undoing import choose_live, choose_target, compare_live
+from registry.undoing import choose_live, choose_target, compare_live, describe_standing
 from tasks._progress import show_progress
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
-from tasks.committing import commit_once, describe_writer
+from tasks.committing import commit_once, describe_writer, move_pairs
+from tasks.editing import digest_preparation, plan_changes, prepare_regrouped, refer
 from tasks.evaluating import read_retention
 from tasks.projecting import open_registry
 
@@ -46,7 +47,8 @@ def order_withdrawal(stream: str, edits: list[str], reason: str) -> str:
 
 @stage
 def subtract_pairs(stream: str, order: str) -> Round:
-    """The head's state without the pairs of the ordered edits, solved: a candidate that nothing points to yet.
+    """The head's state without the pairs of the ordered edits, solved: a candidate that nothing points to yet. Edits that shared a pair
+    with one of them get another, which is prepared here.
 
     Reads the pairs objects of these edits, the snapshot and the change lists since; how many edits are live does not matter.
     """
@@ -54,11 +56,23 @@ def subtract_pairs(stream: str, order: str) -> Round:
     model = load_model(settings, opened)
     begun = time.perf_counter()
     work = WithdrawalOrder.load(opened.objects, order)
-    leaving = [_refer(opened.resolve_edit(name)) for name in work.occurrences]
+    changed = plan_changes(opened, model, [], [opened.resolve_edit(name) for name in work.occurrences])
+    _, made = prepare_regrouped(opened, model, changed, {})
+    if made.refused:
+        raise EditorError(
+            "; ".join(f"{edit_id}, which shares its pair with a withdrawn edit: {why}" for edit_id, why in made.refused.items())
+        )
     head, every = read_manifest(opened, work.manifest), settings.apply.snapshot_every
-    candidate = build_candidate(opened.objects, model.editor, head, add=[], remove=leaving, snapshot_every=every)
-    manifest = opened.objects.put(candidate.manifest.to_bytes())
-    return Round(rest=(), manifest=manifest, fits={}, seconds={"merge": time.perf_counter() - begun})
+    add = list(dict.fromkeys(made.refs[edit.edit_id] for edit in changed.edits))
+    candidate = build_candidate(opened.objects, model.editor, head, add=add, remove=changed.remove, snapshot_every=every)
+    return Round(
+        rest=(),
+        manifest=opened.objects.put(candidate.manifest.to_bytes()),
+        placed=dict(made.refs),
+        removed=changed.remove,
+        fits=dict(candidate.fits),
+        seconds={"merge": time.perf_counter() - begun},
+    )
 
 
 @stage
@@ -72,6 +86,8 @@ def judge_withdrawal(stream: str, order: str, candidate: Round, check: bool) -> 
     leaving = set(names)
     manifest = Manifest.from_bytes(opened.objects.get(candidate.manifest))
     sample = opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)
+    regrouped = [opened.resolve_edit(edit_id) for edit_id in candidate.placed]
+    sample += [row for row in regrouped if row not in sample]
     retained = [opened.read_record(row).edit for row in sample if row.occurrence not in leaving]
     artifacts = load_artifacts(opened.objects, manifest)
     with show_progress("evaluating") as on_progress:
@@ -90,8 +106,9 @@ def judge_withdrawal(stream: str, order: str, candidate: Round, check: bool) -> 
         withdrawn = [opened.read_record(opened.resolve_edit(name)).edit for name in names]
         measured = measure_consistency(model.base, artifacts, withdrawn, settings.evaluate)
         if check:
-            live = [_refer(row) for row in opened.index.find_rows("live") if row.occurrence not in leaving]
-            exactness = measure_exactness(opened.objects, model.editor, manifest, live)
+            staying = (row for row in opened.index.find_rows("live") if row.occurrence not in leaving)
+            live = dict.fromkeys(candidate.placed.get(row.id) or refer(row) for row in staying)
+            exactness = measure_exactness(opened.objects, model.editor, manifest, list(live))
             measured = measured.model_copy(update={"exactness": exactness})
     live_after = opened.index.counts().get("live", 0) - len(names)
     report = report.model_copy(update={"live": live_after, "withdrawal": measured})
@@ -113,7 +130,11 @@ def commit_withdrawal(stream: str, order: str, judged: Round, dry_run: bool = Fa
     assert decision is not None and judged.report is not None, "a withdrawal is judged before it is committed"
     accepted = decision.verdict == "accept"
     reason = f"commit {work.seq}: {work.reason}" if work.reason else f"commit {work.seq}"
-    outcomes = [Outcome(outcome="withdrawn", occurrence=name, reason=reason) for name in work.occurrences] if accepted else []
+    outcomes: list[Outcome] = []
+    if accepted:
+        leaving = [(name, describe_standing(opened.resolve_edit(name))) for name in work.occurrences]
+        outcomes = [Outcome(outcome="withdrawn", occurrence=name, reason=reason, before=before) for name, before in leaving]
+        outcomes += move_pairs(opened, judged.placed)
     named = f"The withdrawal of {', '.join(work.occurrences[:10])}{' …' if len(work.occurrences) > 10 else ''} was refused."
     fields = {
         "seq": work.seq,
@@ -127,9 +148,12 @@ def commit_withdrawal(stream: str, order: str, judged: Round, dry_run: bool = Fa
     }
     draft: Commit = RejectionCommit(manifest=work.manifest, **fields)
     if accepted:
-        draft = WithdrawalCommit(manifest=judged.manifest, promoted=settings.policy.promote == "auto", **fields)
+        pairs = tuple(dict.fromkeys(ref.pairs for ref in judged.placed.values()))
+        draft = WithdrawalCommit(manifest=judged.manifest, pairs=pairs, promoted=settings.policy.promote == "auto", **fields)
     if not dry_run:
         commit_once(opened, draft)
+        if judged.placed:
+            forget_pairs(opened, digest_preparation(load_model(settings, opened)), sorted({ref.pairs for ref in judged.placed.values()}))
     report = Report.from_bytes(opened.objects.get(judged.report))
     return WithdrawalSummary(
         stream=opened.name,
@@ -190,7 +214,7 @@ def commit_rollback(stream: str, draft: str, dry_run: bool = False) -> RollbackS
         commit_once(opened, commit)
     outcomes = opened.read_outcomes(commit)
     left = tuple(outcome.occurrence or "" for outcome in outcomes if outcome.outcome != "live")
-    back = tuple(outcome.occurrence or "" for outcome in outcomes if outcome.outcome == "live")
+    back = tuple(outcome.occurrence or "" for outcome in outcomes if outcome.outcome == "live" and not _stays(outcome))
     return RollbackSummary(
         stream=opened.name,
         commit=None if dry_run else commit.seq,
@@ -205,9 +229,9 @@ def _store_outcomes(stream: Stream, outcomes: list[Outcome]) -> str:
     return stream.objects.put_rows(outcome.model_dump(mode="json", exclude_none=True) for outcome in outcomes)
 
 
-def _refer(row: EditRow) -> PairRef:
-    assert row.pairs is not None and row.row is not None, f"{row.occurrence} is live and has no pair"
-    return PairRef(pairs=row.pairs, row=row.row)
+def _stays(outcome: Outcome) -> bool:
+    """Whether an edit was live all along, and only gets back the pair it had."""
+    return outcome.before is not None and outcome.before.status == "live"
 
 
 def _require_objects(stream: Stream, seq: int, manifest: Manifest) -> None:

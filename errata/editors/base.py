@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
@@ -129,6 +129,18 @@ class Prepared:
     """Edit id → reason, where no pair can be made (the tokenizer cannot place the subject, the prompt does not fit, …)."""
 
 
+def list_units(ids: Iterable[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The edits `ids` as units of one pair each, in the order of their first member; within a unit in canonical order, that of the ids.
+
+    Args:
+        groups: ids that belong together. Members that are not among `ids` are left out.
+    """
+    present = list(ids)
+    known = set(present)
+    unit_of = {member: tuple(sorted(known.intersection(group))) for group in groups for member in group}
+    return list(dict.fromkeys(unit_of.get(edit_id, (edit_id,)) for edit_id in present))
+
+
 class State(Protocol):
     """Additive and serialisable."""
 
@@ -153,7 +165,15 @@ class Editor(Protocol[S]):
         """Everything besides the pairs that decides the weights, as JSON. Part of the recipe digest."""
         ...
 
-    def prepare(self, base: Base, edits: Sequence[Edit], on_progress: Progress | None = None) -> Prepared: ...
+    def find_groups(self, base: Base, edits: Sequence[Edit]) -> Sequence[tuple[str, ...]]:
+        """Edits that must share one pair because apart they would get in each other's way: ids in canonical order, two or more."""
+        ...
+
+    def prepare(
+        self, base: Base, edits: Sequence[Edit], on_progress: Progress | None = None, groups: Sequence[Sequence[str]] = ()
+    ) -> Prepared:
+        """Pairs: one for each of the `groups`, in which edits share it, one for each edit that is in none."""
+        ...
 
     def empty_state(self) -> S: ...
 

@@ -32,6 +32,7 @@ def evaluate_candidate(
     previous_retention: float | None,
     settings: EvaluateSettings,
     *,
+    mates: Mapping[str, Sequence[Edit]] | None = None,
     diagnoses: Mapping[str, Diagnosis] | None = None,
     fits: Mapping[str, float] | None = None,
     conditions: Mapping[str, float] | None = None,
@@ -47,6 +48,7 @@ def evaluate_candidate(
         edits: the batch, in its order.
         retained: sample of the edits that were live before the batch and still are.
         previous_retention: retention of the previous version on its own sample, where there is one.
+        mates: edit id → older edits that share its pair with it now.
         diagnoses: edit id → how its preparation ended.
         fits: edit id → the fraction of its residual that the solve realises.
         conditions: parameter name → condition number of the solve.
@@ -56,7 +58,8 @@ def evaluate_candidate(
         BaseMismatchError: an artifact is not for this base.
         TokenizationError: a target_new that the tokenizer cannot write.
     """
-    questioner = _Questioner(base, edits, retained)
+    mates = mates or {}
+    questioner = _Questioner(base, edits, [*retained, *(mate for group in mates.values() for mate in group)])
     batch_tokens = settings.batch_tokens
     prompts = [edit.rewrite_prompt for edit in edits]
     before = score_targets(base, questioner.of_base(), batch_tokens=batch_tokens, stage="base", progress=progress)
@@ -76,7 +79,16 @@ def evaluate_candidate(
         answers, locality, fault = [""] * len(edits), Locality(), str(error)
     norms = measure_norms(base, {name: delta for artifact in artifacts for name, delta in artifact.deltas.items()}, conditions)
     judged = [
-        _judge_edit(edit, questioner, before, after, settings.seed, _diagnose(edit, diagnoses or {}, fits or {}), texts)
+        _judge_edit(
+            edit,
+            questioner,
+            before,
+            after,
+            settings.seed,
+            _diagnose(edit, diagnoses or {}, fits or {}),
+            texts,
+            tuple(mate.edit_id for mate in mates.get(edit.edit_id, ()) if not _holds(mate, after)),
+        )
         for edit, texts in zip(edits, zip(answers_before, answers, strict=True), strict=True)
     ]
     rows = [item.row for item in judged]
@@ -103,8 +115,8 @@ def evaluate_candidate(
 class _Questioner:
     """Which questions the edits ask. One place, so that what is asked and what is looked up cannot differ."""
 
-    def __init__(self, base: Base, edits: Sequence[Edit], retained: Sequence[Edit]) -> None:
-        self._base, self._edits, self._retained = base, edits, retained
+    def __init__(self, base: Base, edits: Sequence[Edit], older: Sequence[Edit]) -> None:
+        self._base, self._edits, self._older = base, edits, older
         self._writable: dict[str, bool] = {}
 
     def of_base(self) -> list[Question]:
@@ -112,7 +124,7 @@ class _Questioner:
         return rewrites + [self.neighbour(probe) for edit in self._edits for probe in edit.neighborhood_prompts]
 
     def of_candidate(self) -> list[Question]:
-        questions: list[Question] = [(edit.rewrite_prompt, edit.target_new) for edit in self._retained]
+        questions: list[Question] = [(edit.rewrite_prompt, edit.target_new) for edit in self._older]
         for edit in self._edits:
             true = self.truth(edit)
             for prompt in (edit.rewrite_prompt, *edit.paraphrase_prompts):
@@ -160,7 +172,14 @@ class _Judged:
 
 
 def _judge_edit(
-    edit: Edit, questioner: _Questioner, before: Scores, after: Scores, seed: int, diagnosis: Diagnosis | None, texts: tuple[str, str]
+    edit: Edit,
+    questioner: _Questioner,
+    before: Scores,
+    after: Scores,
+    seed: int,
+    diagnosis: Diagnosis | None,
+    texts: tuple[str, str],
+    broken: tuple[str, ...],
 ) -> _Judged:
     prompt = edit.rewrite_prompt
     base_new, new, true = before[prompt, edit.target_new], after[prompt, edit.target_new], questioner.truth(edit)
@@ -184,6 +203,7 @@ def _judge_edit(
         held_out=_summarise([held_out], own, own_success),
         paper=_summarise([paper], own, own_success),
         diagnosis=diagnosis,
+        broken=broken,
     )
     return _Judged(row, held_out, paper)
 
@@ -219,15 +239,18 @@ def _summarise(values: Sequence[_ProbeValues], efficacy: Mean, success: Mean) ->
 
 
 def _judge_retention(retained: Sequence[Edit], after: Scores, previous: float | None) -> Retention:
-    kept = []
-    for edit in retained:
-        scored = after[edit.rewrite_prompt, edit.target_new]
-        kept.append(all_correct(scored.chosen, scored.target))
+    kept = [_holds(edit, after) for edit in retained]
     return Retention(
         efficacy=Mean.over([float(value)] for value in kept),
         previous=previous,
         forgotten=tuple(edit.edit_id for edit, value in zip(retained, kept, strict=True) if not value),
     )
+
+
+def _holds(edit: Edit, after: Scores) -> bool:
+    """Whether an older edit still takes."""
+    scored = after[edit.rewrite_prompt, edit.target_new]
+    return all_correct(scored.chosen, scored.target)
 
 
 def _diagnose(edit: Edit, diagnoses: Mapping[str, Diagnosis], fits: Mapping[str, float]) -> Diagnosis | None:

@@ -284,9 +284,9 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids: list[str] = []
     real = D4S.prepare
 
-    def prepare(self: D4S, base: Any, edits: Any, on_progress: Any = None) -> Any:
+    def prepare(self: D4S, base: Any, edits: Any, *rest: Any) -> Any:
         ids.extend(edit.edit_id for edit in edits)
-        return real(self, base, edits, on_progress)
+        return real(self, base, edits, *rest)
 
     monkeypatch.setattr(D4S, "prepare", prepare)
     return ids

@@ -80,9 +80,9 @@ def apply(place: Path, lines: str | None, moment: str = "never") -> None:
     prepared: list[str] = []
     prepare = D4S.prepare
 
-    def count(self: Any, base: Any, edits: Any, on_progress: Any = None) -> Any:
+    def count(self: Any, base: Any, edits: Any, *rest: Any) -> Any:
         prepared.extend(edit.edit_id for edit in edits)
-        return prepare(self, base, edits, on_progress)
+        return prepare(self, base, edits, *rest)
 
     D4S.prepare = count  # type: ignore[method-assign]
     if moment != "never":

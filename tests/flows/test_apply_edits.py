@@ -250,7 +250,7 @@ def _take_half() -> None:
         order = intake.order_batch.fn("main")
         pairs = editing.prepare_pairs.fn("main", order)
         candidate = editing.merge_pairs.fn("main", order, pairs, pairs.ready)
-        rounds = [evaluating.judge_candidate.fn("main", order, pairs, candidate, [])]
+        rounds = [evaluating.judge_candidate.fn("main", order, candidate, [])]
         committing.commit_batch.fn("main", order, pairs, rounds)
 
 
@@ -380,7 +380,7 @@ def test_every_stage_may_run_twice(desk: Any, make_edit: Make) -> None:
     order = twice(order_batch)
     prepared = twice(prepare_pairs, order)
     candidate = twice(merge_pairs, order, prepared, prepared.ready)
-    rounds = [twice(judge_candidate, order, prepared, candidate, [])]
+    rounds = [twice(judge_candidate, order, candidate, [])]
     twice(commit_batch, order, prepared, rounds)
     assert desk.open().head.seq == 1
     assert twice(project_versions) == 1

@@ -258,7 +258,7 @@ def wait(done, total):
     pathlib.Path("preparing").touch()
     time.sleep(60)
 
-D4S.prepare = lambda self, base, edits, on_progress=None: prepare(self, base, edits, wait)
+D4S.prepare = lambda self, base, edits, on_progress=None, groups=(): prepare(self, base, edits, wait, groups)
 main()
 """
 """The command, which takes its time to prepare."""

@@ -219,7 +219,7 @@ def test_a_withdrawal_begins_again_on_another_writers_head(desk: Any, make_edit:
             order = intake.order_batch.fn("main")
             pairs = editing.prepare_pairs.fn("main", order)
             candidate = editing.merge_pairs.fn("main", order, pairs, pairs.ready)
-            rounds = [evaluating.judge_candidate.fn("main", order, pairs, candidate, [])]
+            rounds = [evaluating.judge_candidate.fn("main", order, candidate, [])]
             committing.commit_batch.fn("main", order, pairs, rounds)
         return judge(*arguments)
 

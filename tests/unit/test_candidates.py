@@ -42,9 +42,9 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._editor, name)
 
-    def prepare(self, base: Base, edits: Sequence[Edit], on_progress: Any = None) -> Any:
+    def prepare(self, base: Base, edits: Sequence[Edit], *rest: Any) -> Any:
         self.prepared += [edit.edit_id for edit in edits]
-        return self._editor.prepare(base, edits, on_progress)
+        return self._editor.prepare(base, edits, *rest)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -197,10 +197,10 @@ def test_progress_counts_the_whole_batch(editor: Any, editable: Base, edits: lis
     assert calls[0][0] > 2 and calls[-1] == (60, 60)
 
 
-def remember_in(notes: dict[str, StoredPair]) -> Callable[[str, Mapping[str, float]], None]:
-    def remember(pairs: str, losses: Mapping[str, float]) -> None:
-        for row, (name, loss) in enumerate(losses.items()):
-            notes[name] = StoredPair(PairRef(pairs=pairs, row=row), loss)
+def remember_in(notes: dict[str, StoredPair]) -> Callable[[str, Mapping[str, Sequence[float]]], None]:
+    def remember(pairs: str, losses: Mapping[str, Sequence[float]]) -> None:
+        for row, (name, left) in enumerate(losses.items()):
+            notes[name] = StoredPair(ref=PairRef(pairs=pairs, row=row), losses=tuple(left))
 
     return remember
 
@@ -212,21 +212,21 @@ def test_a_retry_takes_up_what_was_stored(editor: Any, editable: Base, edits: li
     blobs, notes, counting = Blobs(), dict[str, StoredPair](), Counting(editor)
     remember = remember_in(notes)
 
-    def remember_once(pairs: str, losses: Mapping[str, float]) -> None:
+    def remember_once(pairs: str, losses: Mapping[str, Sequence[float]]) -> None:
         if notes and fails == "the note":
             raise OSError("no space")
         remember(pairs, losses)
 
-    def prepare_once(base: Base, batch: Sequence[Edit], on_progress: Any = None) -> Any:
+    def prepare_once(base: Base, batch: Sequence[Edit], *rest: Any) -> Any:
         if notes and fails == "the editor":
             raise OSError("no power")
-        return counting.prepare(base, batch, on_progress)
+        return counting.prepare(base, batch, *rest)
 
     failing = Counting(editor)
     failing.prepare = prepare_once  # type: ignore[method-assign]
     with pytest.raises(OSError, match="no "):
         prepare_batch(blobs, failing, editable, edits, {}, remember_once)
-    assert notes.keys() == {name_pair(edit) for edit in edits[:CHUNK]}
+    assert notes.keys() == {name_pair([edit]) for edit in edits[:CHUNK]}
     counting.prepared.clear()
     retried = prepare_batch(blobs, counting, editable, edits, notes, remember)
     assert counting.prepared == [edit.edit_id for edit in edits[CHUNK:]]
@@ -255,7 +255,7 @@ def test_refused_edits_have_no_pair_and_stop_nobody(editor: Any, editable: Base,
     batch = prepare_batch(blobs, editor, editable, [edits[1], long, edits[2]], {}, remember_in(notes))
     assert batch.refs.keys() == batch.losses.keys() == {edits[1].edit_id, edits[2].edit_id}
     assert batch.refused.keys() == {"long"}
-    assert notes.keys() == {name_pair(edits[1]), name_pair(edits[2])}
+    assert notes.keys() == {name_pair([edits[1]]), name_pair([edits[2]])}
     alone = prepare_batch(blobs, editor, editable, [long], {}, remember_in(notes))
     assert not alone.refs and alone.refused.keys() == {"long"}
 

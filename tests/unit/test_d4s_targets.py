@@ -42,8 +42,9 @@ def base(request: pytest.FixtureRequest) -> Base:
 
 def prepare(base: Base, edits: tuple[Edit, ...], options: PrepareOptions):
     rows = [build_rows(base.tokenizer, edit, options.contexts, base.context) for edit in edits]
-    reading = read_base(base, rows, options.layers)
-    residuals, notes = optimise_targets(base, rows, reading, options)
+    units = [[edit] for edit in rows]
+    reading = read_base(base, units, options.layers)
+    residuals, notes = optimise_targets(base, units, reading, options)
     return residuals, reading.keys, notes
 
 
@@ -144,7 +145,8 @@ def test_only_what_can_change_runs(base: Base) -> None:
     """The optimisation never enters a block below the site, and asks the head for target tokens and essences only."""
     options = PrepareOptions(layers=(1, 2), contexts=CONTEXTS, steps=3, stop_loss=0.0)
     rows = [build_rows(base.tokenizer, edit, options.contexts, base.context) for edit in EDITS]
-    reading = read_base(base, rows, options.layers)
+    units = [[edit] for edit in rows]
+    reading = read_base(base, units, options.layers)
     last = base.layout.count_layers(base.model) - 1
     predicted = sum(len(edit.target) * len(edit.contexts) for edit in rows) + len(rows)
     with (
@@ -152,7 +154,7 @@ def test_only_what_can_change_runs(base: Base) -> None:
         count_rows(base.layout.projection_of(base.model, last)) as mlp,
         count_rows(base.model.get_submodule(base.layout.head)) as head,
     ):
-        optimise_targets(base, rows, reading, options)
+        optimise_targets(base, units, reading, options)
     assert below == []
     assert head == [predicted] * options.steps
     assert all(predicted - len(rows) <= count <= predicted for count in mlp)
@@ -162,7 +164,7 @@ def test_an_essence_that_begins_the_prompt_is_not_run_again(tiny_gpt2: Base) -> 
     options = PrepareOptions(layers=(1,), contexts=CONTEXTS)
     for edit, shared in ((EDITS[0], True), (EDITS[1], False)):
         rows = [build_rows(tiny_gpt2.tokenizer, edit, options.contexts, tiny_gpt2.context)]
-        reading = read_base(tiny_gpt2, rows, options.layers)
+        reading = read_base(tiny_gpt2, [rows], options.layers)
         assert len(reading.suffix.hidden) == len(CONTEXTS) + (not shared)
 
 

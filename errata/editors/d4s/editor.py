@@ -5,13 +5,15 @@ under lower updates, which makes them depend on order. Here keys and residuals a
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from errata.editors.artifacts import WeightDelta
-from errata.editors.base import Pairs, Preparation, Prepared, Progress
+from errata.editors.base import Pairs, Preparation, Prepared, Progress, list_units
+from errata.editors.d4s.groups import group_keys, read_bare_keys
 from errata.editors.d4s.moments import Moments
 from errata.editors.d4s.reading import read_base
 from errata.editors.d4s.rows import EditRows, build_rows
@@ -57,37 +59,54 @@ class D4S:
     def options(self) -> Mapping[str, Any]:
         return self._profile.solve.model_dump(mode="json")
 
-    def prepare(self, base: Base, edits: Sequence[Edit], on_progress: Progress | None = None) -> Prepared:
+    def find_groups(self, base: Base, edits: Sequence[Edit]) -> list[tuple[str, ...]]:
+        """See `Editor.find_groups`: edits of one subject whose bare keys are nearly equal.
+
+        Raises:
+            BaseMismatchError: as `prepare`.
+        """
+        self._require_base(base)
+        subjects = Counter(edit.subject_key for edit in edits)
+        rows, _ = self._build_rows(base, [edit for edit in edits if subjects[edit.subject_key] > 1])
+        if not rows:
+            return []
+        names = [edit.subject_key for edit in edits if edit.edit_id in rows]
+        ids = list(rows)
+        groups = group_keys(names, read_bare_keys(base, list(rows.values()), self._profile.prepare.layers))
+        return [tuple(sorted(ids[index] for index in group)) for group in groups if len(group) > 1]
+
+    def prepare(
+        self, base: Base, edits: Sequence[Edit], on_progress: Progress | None = None, groups: Sequence[Sequence[str]] = ()
+    ) -> Prepared:
         """Pairs of edits, read from the base, in chunks that fit in memory.
+
+        Args:
+            groups: ids of edits that share one pair; all others have one of their own. One that is refused leaves its group.
 
         Raises:
             BaseMismatchError: the profile is for another base, or the base carries an artifact now.
         """
-        if base.digest != self._profile.base:
-            raise BaseMismatchError(f"profile is for the base {self._profile.base[:12]}, this model is {base.digest[:12]}")
-        require_untouched(base)
+        self._require_base(base)
         options = self._profile.prepare
-        rows: dict[str, EditRows] = {}
-        refused: dict[str, str] = {}
-        for edit in edits:
-            try:
-                rows[edit.edit_id] = build_rows(base.tokenizer, edit, options.contexts, base.context)
-            except TokenizationError as error:
-                refused[edit.edit_id] = str(error)
+        rows, refused = self._build_rows(base, edits)
         parts: list[Pairs] = []
         notes: dict[str, Preparation] = {}
         done = 0
-        for chunk in _chunk(rows):
-            chosen = [rows[edit_id] for edit_id in chunk]
+        for chunk in _chunk(rows, list_units(rows, groups)):
+            chosen = [[rows[edit_id] for edit_id in unit] for unit in chunk]
             reading = read_base(base, chosen, options.layers)
             residuals, measured = optimise_targets(base, chosen, reading, options)
             keys = {layer: key.cpu() for layer, key in reading.keys.items()}
-            finite = [i for i in range(len(chunk)) if _is_finite(measured[i], residuals[i], [key[i] for key in keys.values()])]
-            refused |= {chunk[i]: "its optimisation gave non-finite values" for i in range(len(chunk)) if i not in finite}
-            notes |= {chunk[i]: measured[i] for i in finite}
-            owners = tuple((edit_id,) for edit_id in chunk)
-            parts.append(Pairs(base.digest, options.digest, owners, residuals, keys).take(finite))
-            done += len(chunk)
+            told = dict(zip((edit_id for unit in chunk for edit_id in unit), measured, strict=True))
+            finite = []
+            for index, unit in enumerate(chunk):
+                if _is_finite(told[unit[0]], residuals[index], [key[index] for key in keys.values()]):
+                    finite.append(index)
+                    notes |= {edit_id: told[edit_id] for edit_id in unit}
+                else:
+                    refused |= dict.fromkeys(unit, "its optimisation gave non-finite values")
+            parts.append(Pairs(base.digest, options.digest, tuple(chunk), residuals, keys).take(finite))
+            done += len(told)
             if on_progress:
                 on_progress(done, len(rows))
         return Prepared(Pairs.concatenate(parts) if notes else None, notes, refused)
@@ -136,6 +155,22 @@ class D4S:
         fits = [self._form(state, layer).measure_fit(keys) for layer, keys in pairs.keys.items()]
         return torch.stack(fits).mean(dim=0)
 
+    def _build_rows(self, base: Base, edits: Sequence[Edit]) -> tuple[dict[str, EditRows], dict[str, str]]:
+        """Edit id → its token rows, or why it has none."""
+        rows: dict[str, EditRows] = {}
+        refused: dict[str, str] = {}
+        for edit in edits:
+            try:
+                rows[edit.edit_id] = build_rows(base.tokenizer, edit, self._profile.prepare.contexts, base.context)
+            except TokenizationError as error:
+                refused[edit.edit_id] = str(error)
+        return rows, refused
+
+    def _require_base(self, base: Base) -> None:
+        if base.digest != self._profile.base:
+            raise BaseMismatchError(f"profile is for the base {self._profile.base[:12]}, this model is {base.digest[:12]}")
+        require_untouched(base)
+
     def _require_own(self, state: D4SState) -> None:
         expected = {"base": self._profile.base, "prepare options": self._profile.prepare.digest}
         for name, found in (("base", state.base), ("prepare options", state.prepare)):
@@ -162,17 +197,18 @@ class D4S:
         return systems[layer]
 
 
-def _chunk(rows: Mapping[str, EditRows]) -> list[list[str]]:
-    """Ids in their order, cut so that a chunk's padded tokens stay below `_CHUNK_TOKENS`."""
-    chunks: list[list[str]] = []
+def _chunk(rows: Mapping[str, EditRows], units: Sequence[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+    """Units in their order, cut so that a chunk's padded tokens stay below `_CHUNK_TOKENS`."""
+    chunks: list[list[tuple[str, ...]]] = []
     longest, count = 0, 0
-    for edit_id, edit in rows.items():
-        longest = max(longest, *(len(row.ids) for row in edit.contexts))
-        count += len(edit.contexts) + 1
+    for unit in units:
+        wide = max(len(row.ids) for edit_id in unit for row in rows[edit_id].contexts)
+        more = sum(len(rows[edit_id].contexts) for edit_id in unit) + 1
+        longest, count = max(longest, wide), count + more
         if not chunks or longest * count > _CHUNK_TOKENS:
             chunks.append([])
-            longest, count = max(len(row.ids) for row in edit.contexts), len(edit.contexts) + 1
-        chunks[-1].append(edit_id)
+            longest, count = wide, more
+        chunks[-1].append(unit)
     return chunks
 
 

@@ -14,37 +14,42 @@ from errata.modeling.trace import capture_outputs, trace_inputs
 
 @dataclass(frozen=True)
 class Reading:
-    """e edits of c contexts each, as the base sees them."""
+    """e edits of c contexts each, in u units that share a pair, as the base sees them. Most units are one edit."""
 
     keys: dict[int, torch.Tensor]
-    """Layer → [e, d_in] float32, averaged over contexts."""
+    """Layer → [u, d_in] float32, averaged over the contexts of an edit, then over the edits of a unit."""
     site: torch.Tensor
-    """[e, d] float32: h, the bare prompt's hidden state at the site."""
+    """[u, d] float32: h, the bare prompt's hidden state at the site, averaged over the edits of a unit."""
     suffix: Suffix
-    """e · c rows, edit by edit, then the essences that are not the beginning of their edit's bare prompt."""
+    """e · c rows, edit by edit, then the essences that are not the beginning of a bare prompt."""
     essences: list[int]
-    """Per edit, the row of `suffix` whose first column is the subject's last token in the essence prompt."""
+    """Per unit, the row of `suffix` whose first column is the subject's last token in the essence prompt."""
 
 
 @torch.no_grad()
-def read_base(base: Base, rows: Sequence[EditRows], layers: Sequence[int]) -> Reading:
+def read_base(base: Base, units: Sequence[Sequence[EditRows]], layers: Sequence[int]) -> Reading:
     """Keys at every edited layer, hidden states at the site, cached keys and values of the blocks above.
 
     The key of an edit is half the bare prompt's and half the mean over the other contexts (MEMIT `compute_ks`; algorithms.md §1.2).
     """
+    rows = [edit for unit in units for edit in unit]
     flat = [row.ids for edit in rows for row in edit.contexts]
     sites = [row.site for edit in rows for row in edit.contexts]
     split = len(flat)
     count = split // len(rows)
     essences = []
-    for index, edit in enumerate(rows):
-        bare = edit.contexts[0]
-        if edit.essence == bare.ids[: bare.site + 1]:
-            essences.append(index * count)
+    first = 0
+    for unit in units:
+        # Edits of a unit have one subject, hence one essence.
+        essence = unit[0].essence
+        begun = [first + place for place, edit in enumerate(unit) if essence == edit.contexts[0].ids[: edit.contexts[0].site + 1]]
+        first += len(unit)
+        if begun:
+            essences.append(begun[0] * count)
         else:
             essences.append(len(flat))
-            flat.append(edit.essence)
-            sites.append(len(edit.essence) - 1)
+            flat.append(essence)
+            sites.append(len(essence) - 1)
     every, at = torch.arange(split, device=base.device), torch.tensor(sites[:split], device=base.device)
     top = max(layers)
     ids, mask = pad_rows(flat, find_pad(base.tokenizer), "right", base.device)
@@ -56,11 +61,19 @@ def read_base(base: Base, rows: Sequence[EditRows], layers: Sequence[int]) -> Re
         base.model.get_submodule(base.layout.body)(input_ids=ids, attention_mask=mask, use_cache=False)
     above = range(top + 1, base.layout.count_layers(base.model))
     suffix = cut_suffixes(base.model, base.layout, outputs[top], above, sites, [len(row) for row in flat])
-    keys = {layer: _average_contexts(inputs.view(len(rows), count, -1)) for layer, inputs in found.items()}
-    return Reading(keys, suffix.hidden[0:split:count, 0].float(), suffix, essences)
+    sizes = [len(unit) for unit in units]
+    keys = {layer: _average_units(_average_contexts(inputs.view(len(rows), count, -1)), sizes) for layer, inputs in found.items()}
+    return Reading(keys, _average_units(suffix.hidden[0:split:count, 0].float(), sizes), suffix, essences)
 
 
 def _average_contexts(keys: torch.Tensor) -> torch.Tensor:
     """[e, c, d_in] → [e, d_in]: the mean of the bare context and of the mean of the others."""
     bare = keys[:, 0]
     return bare if keys.shape[1] == 1 else (bare + keys[:, 1:].mean(dim=1)) / 2
+
+
+def _average_units(values: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """[e, d] → [u, d]: the mean over each run of `sizes` rows."""
+    if len(sizes) == len(values):
+        return values
+    return torch.stack([part.mean(dim=0) for part in torch.split(values, list(sizes))])
