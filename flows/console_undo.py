@@ -76,10 +76,10 @@ def rollback(
     seq = lookup.resolve_version(settings, opened, target) if lookup.is_version(target) else opened.resolve_commit(target)
     commit = choose_target(opened, seq)
     if not dry_run and not yes:
-        outcomes = [outcome.outcome for outcome in compare_live(opened, commit.seq)]
-        back = outcomes.count("live")
+        told = [outcome.told for outcome in compare_live(opened, commit.seq)]
+        back, left = told.count("live"), sum(word not in ("live", "regrouped") for word in told)
         confirm(
-            f"Commit {commit.seq} of {commit.time:%d %b %Y %H:%M} is served again in {opened.name!r}: {len(outcomes) - back} edits leave, "
+            f"Commit {commit.seq} of {commit.time:%d %b %Y %H:%M} is served again in {opened.name!r}: {left} edits leave, "
             f"{back} come back. Go on?",
             yes,
         )

@@ -67,7 +67,7 @@ def describe_commit(stream: Stream, commit: Commit) -> Facts:
         "actor": commit.actor,
         "decision": commit.decision,
         "champion": commit.seq == stream.head.champion,
-        "outcomes": dict(Counter(outcome.outcome for outcome in stream.read_outcomes(commit))),
+        "outcomes": dict(Counter(outcome.told for outcome in stream.read_outcomes(commit))),
         "efficacy": report.get("efficacy", {}).get("value"),
         "generalization": report.get("held_out", {}).get("generalization", {}).get("value"),
         "specificity": report.get("held_out", {}).get("specificity", {}).get("value"),
@@ -88,7 +88,7 @@ def describe_commit_whole(stream: Stream, seq: int) -> Facts:
     for outcome in found:
         edit = texts.get(outcome.occurrence or "")
         said = {"edit": f"{edit.rewrite_prompt} → {edit.target_new}"} if edit else {}
-        outcomes.append({**outcome.model_dump(mode="json", exclude_none=True), **said})
+        outcomes.append({**outcome.model_dump(mode="json", exclude_none=True), "outcome": outcome.told, **said})
     facts = describe_commit(stream, commit)
     whole = commit.model_dump(mode="json", exclude_none=True)
     return {**facts, "reasons": list(commit.reasons), "files": whole.get("files", []), "records": outcomes, "written": _writer(whole)}
@@ -119,7 +119,8 @@ def describe_edit(stream: Stream, row: EditRow) -> Facts:
         {"occurrence": item.occurrence, "status": item.status, "by": item.by, "reason": item.reason, "commit": item.seq}
         for item in stream.index.find_occurrences(row.id)
     ]
-    beside = [item.occurrence for item in stream.index.find_subject(record.edit.subject_key) if item.occurrence != row.occurrence]
+    beside = [item for item in stream.index.find_subject(record.edit.subject_key) if item.occurrence != row.occurrence]
+    shared = [item.occurrence for item in beside if row.status == "live" and (item.pairs, item.row) == (row.pairs, row.row)]
     return {
         "id": row.id,
         "occurrence": row.occurrence,
@@ -127,7 +128,8 @@ def describe_edit(stream: Stream, row: EditRow) -> Facts:
         "origin": row.origin,
         "edit": record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
         "measured": _find_measurement(stream, row),
-        "same_subject": beside,
+        "same_subject": [item.occurrence for item in beside],
+        "shares_pair": shared,
         "history": history,
     }
 

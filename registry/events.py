@@ -98,6 +98,11 @@ class Outcome(_Record):
             return None
         return self.outcome
 
+    @property
+    def told(self) -> str:
+        """The outcome in a word for people: an edit that stays live with another pair is no new live edit."""
+        return "regrouped" if self.outcome == "live" and self.before and self.before.status == "live" else self.outcome
+
     @model_validator(mode="after")
     def _name_its_subject(self) -> "Outcome":
         if (self.occurrence is None) != (self.outcome == "refused"):

@@ -86,7 +86,7 @@ def summarise(stream: Stream, draft: Commit, outcomes: Sequence[Outcome], rounds
         stream=stream.name,
         commit=seq,
         decision=draft.decision,
-        outcomes=dict(Counter(outcome.outcome for outcome in outcomes)),
+        outcomes=dict(Counter(outcome.told for outcome in outcomes)),
         deferred=sum(len(decision.defer) for decision in decisions),
         rounds=len(rounds),
         metrics=Report.from_bytes(stream.objects.get(draft.report)).metrics() if draft.report else {},

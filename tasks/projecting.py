@@ -102,7 +102,7 @@ def build_release(stream: Stream, model: Model, commit: AcceptedCommit, work: Pa
     report = Report.from_bytes(data) if data else None
     metrics = report.metrics() if report else {}
     # Of this commit, not of the head: a version that is made later, or again, says the same.
-    counts = {f"batch_{name}": number for name, number in Counter(row.outcome for row in stream.read_outcomes(commit)).items()}
+    counts = {f"batch_{name}": number for name, number in Counter(row.told for row in stream.read_outcomes(commit)).items()}
     if report and report.live is not None:
         counts["edits_live"] = report.live
     return Release(

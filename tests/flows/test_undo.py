@@ -25,7 +25,7 @@ def assert_exact(desk: Any) -> None:
     settings, stream = open_named("main")
     editor, manifest = load_model(settings, stream).editor, desk.read_manifest(stream.head.seq)
     assert manifest.digest == stream.head.manifest
-    live = [PairRef(pairs=row.pairs, row=row.row) for row in stream.index.find_rows("live")]
+    live = list(dict.fromkeys(PairRef(pairs=row.pairs, row=row.row) for row in stream.index.find_rows("live")))
     assert load_state(stream.objects, editor, manifest.layers[0].state).count == len(live)
     found = measure_exactness(stream.objects, editor, manifest, live)
     assert (found.relative, found.identical) == (0.0, True)

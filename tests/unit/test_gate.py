@@ -92,6 +92,10 @@ def test_a_clean_batch_is_accepted_whole() -> None:
         (make_row("bad", nll=2.5), "z was not reached: 2.500 nats per token of the target remain, expected at most 1.000"),
         (make_row("bad", nll=None, finite=False), "not finite"),
         (make_row("bad", kept=0.4), "neighbours are broken: agreement with the base is 0.400 over 10 prompts, expected at least 0.500"),
+        (
+            make_row("bad").model_copy(update={"broken": ("old",)}),
+            "shares its pair with older edits of its subject that no longer take: old",
+        ),
     ],
 )
 def test_an_edit_at_fault_is_dropped_and_the_others_go_on_together(row: EditRow, reason: str) -> None:
