@@ -10,7 +10,6 @@ from errata.edits import Edit, Probe
 from errata.errors import BaseMismatchError, FormatError, TokenizationError
 from errata.evaluation import evaluate
 from errata.evaluation.evaluate import evaluate_candidate
-from errata.evaluation.generation import generate_answers
 from errata.modeling.loading import Base, hold_base
 from errata.modeling.tokens import encode_target
 from errata.report import Diagnosis, Report
@@ -76,8 +75,10 @@ def test_an_artifact_that_writes_one_word_everywhere(base: Base) -> None:
     broken = served.model_copy(update={"id": "broken", "target_new": "speaks"})
     token = encode_target(base.tokenizer, "French")[0]
     loud = shout(base, "French")
-    report = evaluate_candidate(base, [loud], [served], [broken, served], 0.75, SETTINGS)
+    lost = broken.model_copy(update={"id": "lost"})
+    report = evaluate_candidate(base, [loud], [served], [broken, served], 0.75, SETTINGS, mates={"served": [lost, served]})
     row = report.rows[0]
+    assert row.broken == ("lost",), "of the older edits that share its pair; they are no part of retention"
     assert not row.already_known and row.efficacy and row.success and row.token_accuracy == 1.0
     assert row.magnitude is not None and row.magnitude > 0 and row.loss is not None and row.loss < 1
     assert row.answer != row.answer_before and row.answer.startswith(base.tokenizer.decode([token]).strip())
@@ -145,18 +146,6 @@ def test_diagnoses_and_settings_reach_the_report(base: Base, edits: list[Edit]) 
     assert second == Diagnosis(loss=None, fit=0.4, finite=False)
     assert report.seed == 4
     assert Report.from_bytes(report.to_bytes()) == report
-
-
-def test_older_edits_that_share_a_pair_are_asked_and_are_no_part_of_retention(base: Base, edits: list[Edit]) -> None:
-    """Without an artifact the base answers: what it says holds, what it does not say is broken."""
-    edit = edits[0]
-    said = generate_answers(base, [edit.rewrite_prompt], max_new_tokens=1, batch_tokens=256)[0]
-    wrong = next(word for word in ("chess", "Paris") if not said.strip().startswith(word[:2]))
-    holds = edit.model_copy(update={"id": "holds", "target_new": said.strip() or said})
-    fails = edit.model_copy(update={"id": "fails", "target_new": wrong})
-    report = evaluate_candidate(base, [], edits, [], None, SETTINGS, mates={edit.edit_id: [fails, holds]})
-    assert [row.broken for row in report.rows] == [("fails",), *[()] * (len(edits) - 1)]
-    assert report.retention.efficacy.prompts == 0
 
 
 def test_a_truth_that_cannot_be_written_leaves_its_measures_undefined(
