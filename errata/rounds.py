@@ -38,8 +38,8 @@ class Round(_Record):
     manifest: str
     placed: dict[str, PairRef] = {}
     """Edit id → the pair it has in this candidate, for its own edits and for older ones whose key group changed."""
-    removed: tuple[PairRef, ...] = ()
-    """Pairs that were subtracted."""
+    older: dict[str, PairRef] = {}
+    """Older occurrence that leaves or gets another pair → the pair it has at the head."""
     losses: dict[str, float] = {}
     """Edit id → nats per token of its target that are left at z."""
     fits: dict[str, float]

@@ -20,12 +20,11 @@ from errata.rounds import Prepared, PreparedRecord, Round
 from errata.settings import Settings
 from errata.summary import BatchSummary
 from registry.commit import commit
-from registry.events import BatchRow, Commit, EditsCommit, FileUse, Outcome, RejectionCommit
-from registry.fold import EditRow, join_lines
+from registry.events import BatchRow, Commit, EditsCommit, FileUse, Outcome, RejectionCommit, Standing
+from registry.fold import EditRow, join_lines, split_occurrence
 from registry.orders import Order
 from registry.prepared import forget_pairs
 from registry.stream import Stream
-from registry.undoing import describe_standing
 from tasks._session import load_model, open_named
 from tasks._task import stage
 from tasks.editing import digest_preparation
@@ -120,14 +119,14 @@ def draft_commit(
     planned = [item for item in order.additions if item.row.edit.edit_id not in deferred]
     rows = sorted([*order.rows, *(item.row for item in planned)], key=lambda row: row.position)
     last = rounds[-1] if rounds else None
-    placed = last.placed if last else {}
+    placed, older = (last.placed, last.older) if last else ({}, {})
     outcomes = [_forget_deferred(outcome, deferred) for outcome in order.settled]
     for item in planned:
-        outcomes += _conclude(stream, item.row, item.replaces, fates[item.row.edit.edit_id], placed, order.under)
+        outcomes += _conclude(item.row, item.replaces, fates[item.row.edit.edit_id], placed, older, order.under)
     outcomes = _move_once(outcomes)
     accepted = {item.row.edit.edit_id for item in planned if fates[item.row.edit.edit_id].outcome == "accepted"}
     if accepted:
-        outcomes += move_pairs(stream, {edit_id: ref for edit_id, ref in placed.items() if edit_id not in accepted})
+        outcomes += move_pairs({edit_id: ref for edit_id, ref in placed.items() if edit_id not in accepted}, older)
     waiting = {(item.row.file, item.row.line) for item in order.additions if item.row.edit.edit_id in deferred}
     fields: dict[str, Any] = {
         "seq": order.seq,
@@ -154,17 +153,27 @@ def _forget_deferred(outcome: Outcome, deferred: set[str]) -> Outcome:
     return outcome
 
 
-def move_pairs(stream: Stream, placed: Mapping[str, PairRef]) -> list[Outcome]:
-    """Outcomes of live edits that another pair carries from now on, by edit id."""
-    outcomes = []
-    for edit_id, ref in placed.items():
-        row = stream.resolve_edit(edit_id)
-        outcomes.append(Outcome(outcome="live", occurrence=row.occurrence, pairs=ref.pairs, row=ref.row, before=describe_standing(row)))
-    return outcomes
+def move_pairs(placed: Mapping[str, PairRef], older: Mapping[str, PairRef]) -> list[Outcome]:
+    """Outcomes of live edits that another pair carries from now on.
+
+    Args:
+        placed: edit id → that pair.
+        older: occurrence → the pair it had.
+    """
+    names = {split_occurrence(occurrence)[0]: occurrence for occurrence in older}
+    moved = [(names[edit_id], ref) for edit_id, ref in placed.items()]
+    return [
+        Outcome(outcome="live", occurrence=name, pairs=ref.pairs, row=ref.row, before=describe_live(older[name])) for name, ref in moved
+    ]
+
+
+def describe_live(ref: PairRef) -> Standing:
+    """How a live edit with this pair stands."""
+    return Standing(status="live", pairs=ref.pairs, row=ref.row)
 
 
 def _conclude(
-    stream: Stream, row: BatchRow, replaces: Sequence[str], fate: Settled, placed: Mapping[str, PairRef], under: str
+    row: BatchRow, replaces: Sequence[str], fate: Settled, placed: Mapping[str, PairRef], older: Mapping[str, PairRef], under: str
 ) -> Iterator[Outcome]:
     place = {"file": row.file, "line": row.line, "origin": row.origin}
     if fate.outcome != "accepted":
@@ -179,8 +188,7 @@ def _conclude(
     ref = placed[row.edit.edit_id]
     yield Outcome(outcome="live", occurrence=row.occurrence, pairs=ref.pairs, row=ref.row, **place)
     for occurrence in replaces:
-        before = describe_standing(stream.resolve_edit(occurrence))
-        yield Outcome(outcome="replaced", occurrence=occurrence, by=row.occurrence, before=before)
+        yield Outcome(outcome="replaced", occurrence=occurrence, by=row.occurrence, before=describe_live(older[occurrence]))
 
 
 def _move_once(outcomes: Sequence[Outcome]) -> list[Outcome]:

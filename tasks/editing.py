@@ -1,7 +1,7 @@
 """Work order to candidate: pairs on the base, merged into the head's state."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from errata.candidates import PreparedBatch, StoredPair, build_candidate, name_pair, prepare_batch
 from errata.editors.base import list_units
@@ -10,7 +10,7 @@ from errata.grouping import Placed, Regrouping, regroup
 from errata.manifests import PairRef
 from errata.rounds import Prepared, PreparedRecord, Round
 from registry.fold import EditRow
-from registry.orders import Order
+from registry.orders import Order, Planned
 from registry.prepared import recall_pairs, remember_pairs
 from registry.stream import Stream
 from tasks._progress import show_progress
@@ -28,7 +28,7 @@ def prepare_pairs(stream: str, order: str) -> Prepared:
         return Prepared(record=opened.objects.put(canonical_json(PreparedRecord(pairs={}, refused={}))), ready=(), seconds=0)
     begun = time.perf_counter()
     model = load_model(settings, opened)
-    changed = plan_pairs(opened, model, work, ids)
+    changed = plan_changes(opened, model, [item.row.edit for item in work.additions], find_replaced(opened, work.additions))
     known, made = prepare_regrouped(opened, model, changed, {})
     # An edit that is refused may have been in a group: what is left of it gets a pair in the first round.
     record = PreparedRecord(pairs=known, refused=dict(made.refused))
@@ -46,7 +46,9 @@ def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]
     model = load_model(settings, opened)
     begun = time.perf_counter()
     work, record = Order.load(opened.objects, order), PreparedRecord.model_validate_json(opened.objects.get(prepared.record))
-    changed = plan_pairs(opened, model, work, rest)
+    planned = [item for item in work.additions if item.row.edit.edit_id in set(rest)]
+    leaving = find_replaced(opened, planned)
+    changed = plan_changes(opened, model, [item.row.edit for item in planned], leaving)
     _, made = prepare_regrouped(opened, model, changed, record.pairs)
     candidate = build_candidate(
         opened.objects,
@@ -60,19 +62,22 @@ def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]
         rest=tuple(rest),
         manifest=opened.objects.put(candidate.manifest.to_bytes()),
         placed={edit.edit_id: made.refs[edit.edit_id] for edit in changed.edits},
-        removed=changed.remove,
+        older=find_older(opened, leaving, changed, rest),
         losses=dict(made.losses),
         fits=dict(candidate.fits),
         seconds={"merge": time.perf_counter() - begun},
     )
 
 
-def plan_pairs(stream: Stream, model: Model, order: Order, kept: Sequence[str]) -> Regrouping:
-    """What adding the edits `kept` of an order does to pairs."""
-    chosen = set(kept)
-    planned = [item for item in order.additions if item.row.edit.edit_id in chosen]
-    leaving = [stream.resolve_edit(name) for name in dict.fromkeys(name for item in planned for name in item.replaces)]
-    return plan_changes(stream, model, [item.row.edit for item in planned], leaving)
+def find_replaced(stream: Stream, planned: Sequence[Planned]) -> list[EditRow]:
+    """The live edits that additions replace, each once."""
+    return [stream.resolve_edit(name) for name in dict.fromkeys(name for item in planned for name in item.replaces)]
+
+
+def find_older(stream: Stream, leaving: Sequence[EditRow], changed: Regrouping, own: Collection[str]) -> dict[str, PairRef]:
+    """Older occurrences that leave, or get another pair, with the pairs that they have; `own` are the ids of edits that come."""
+    moved = [stream.resolve_edit(edit.edit_id) for edit in changed.edits if edit.edit_id not in own]
+    return {row.occurrence: refer(row) for row in (*leaving, *moved)}
 
 
 def plan_changes(stream: Stream, model: Model, coming: Sequence[Edit], leaving: Sequence[EditRow]) -> Regrouping:

@@ -19,12 +19,12 @@ from registry.events import Commit, Outcome, RejectionCommit, RollbackCommit, Wi
 from registry.orders import WithdrawalOrder
 from registry.prepared import forget_pairs
 from registry.stream import Stream
-from registry.undoing import choose_live, choose_target, compare_live, describe_standing
+from registry.undoing import choose_live, choose_target, compare_live
 from tasks._progress import show_progress
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
-from tasks.committing import commit_once, describe_writer, move_pairs
-from tasks.editing import digest_preparation, plan_changes, prepare_regrouped, refer
+from tasks.committing import commit_once, describe_live, describe_writer, move_pairs
+from tasks.editing import digest_preparation, find_older, plan_changes, prepare_regrouped, refer
 from tasks.evaluating import read_retention
 from tasks.projecting import open_registry
 
@@ -56,7 +56,8 @@ def subtract_pairs(stream: str, order: str) -> Round:
     model = load_model(settings, opened)
     begun = time.perf_counter()
     work = WithdrawalOrder.load(opened.objects, order)
-    changed = plan_changes(opened, model, [], [opened.resolve_edit(name) for name in work.occurrences])
+    leaving = [opened.resolve_edit(name) for name in work.occurrences]
+    changed = plan_changes(opened, model, [], leaving)
     _, made = prepare_regrouped(opened, model, changed, {})
     if made.refused:
         raise EditorError(
@@ -69,7 +70,7 @@ def subtract_pairs(stream: str, order: str) -> Round:
         rest=(),
         manifest=opened.objects.put(candidate.manifest.to_bytes()),
         placed=dict(made.refs),
-        removed=changed.remove,
+        older=find_older(opened, leaving, changed, ()),
         fits=dict(candidate.fits),
         seconds={"merge": time.perf_counter() - begun},
     )
@@ -132,9 +133,9 @@ def commit_withdrawal(stream: str, order: str, judged: Round, dry_run: bool = Fa
     reason = f"commit {work.seq}: {work.reason}" if work.reason else f"commit {work.seq}"
     outcomes: list[Outcome] = []
     if accepted:
-        leaving = [(name, describe_standing(opened.resolve_edit(name))) for name in work.occurrences]
-        outcomes = [Outcome(outcome="withdrawn", occurrence=name, reason=reason, before=before) for name, before in leaving]
-        outcomes += move_pairs(opened, judged.placed)
+        befores = [(name, describe_live(judged.older[name])) for name in work.occurrences]
+        outcomes = [Outcome(outcome="withdrawn", occurrence=name, reason=reason, before=before) for name, before in befores]
+        outcomes += move_pairs(judged.placed, judged.older)
     named = f"The withdrawal of {', '.join(work.occurrences[:10])}{' …' if len(work.occurrences) > 10 else ''} was refused."
     fields = {
         "seq": work.seq,

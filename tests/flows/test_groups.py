@@ -126,3 +126,25 @@ def test_joint_pairs_of_a_killed_run_are_used_again(
     assert len(prepared) == 2, "nothing was computed again"
     assert len(set(place(desk).values())) == 2
     assert not list(desk.open().storage.list("streams/main/prepared/"))
+
+
+def test_a_commit_that_moves_pairs_may_be_made_twice(desk: Any, make_edit: Make) -> None:
+    """As after an answer that got lost: how older edits stood before is told from the order, not from what it has become."""
+    from tasks.committing import commit_batch
+    from tasks.editing import merge_pairs, prepare_pairs
+    from tasks.evaluating import judge_candidate
+    from tasks.intake import order_batch
+
+    desk.submit("one", make_edit(0, 0), make_edit(1, 0))
+    desk.apply()
+    before = place(desk)
+    desk.submit("two", make_edit(0, 2), make_edit(1, 0, 1))
+    order = order_batch.fn("main")
+    prepared = prepare_pairs.fn("main", order)
+    candidate = merge_pairs.fn("main", order, prepared, prepared.ready)
+    rounds = [judge_candidate.fn("main", order, candidate, [])]
+    for _ in range(2):
+        commit_batch.fn("main", order, prepared, rounds)
+    assert desk.open().head.seq == 2
+    told = {row.occurrence: row.before.pairs for row in desk.read_outcomes(2) if row.before}
+    assert told == {f"{name}@1": ref.pairs for name, ref in before.items()}
