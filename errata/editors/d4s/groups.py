@@ -3,6 +3,7 @@ arXiv 2502.07322; algorithms.md §T 5). They share one z, which is optimised ove
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -11,6 +12,8 @@ from errata.modeling.loading import Base
 from errata.modeling.tokens import find_pad, pad_rows
 from errata.modeling.trace import trace_inputs
 
+_ROWS = 128
+"""Prompts read in one pass: they end at their subjects, so they are short."""
 NEARLY_EQUAL = 0.95
 """Cosine of two bare keys above which their pairs would average (design §5)."""
 
@@ -18,14 +21,22 @@ NEARLY_EQUAL = 0.95
 @torch.no_grad()
 def read_bare_keys(base: Base, rows: Sequence[EditRows], layers: Sequence[int]) -> dict[int, torch.Tensor]:
     """Layer → [e, d_in] float32: inputs of the edited projection at the subject's last token of each edit's bare prompt."""
-    bare = [edit.contexts[0].ids[: edit.contexts[0].site + 1] for edit in rows]
-    every = torch.arange(len(bare), device=base.device)
-    last = torch.tensor([len(ids) - 1 for ids in bare], device=base.device)
-    ids, mask = pad_rows(bare, find_pad(base.tokenizer), "right", base.device)
     projections = {layer: base.layout.projection_of(base.model, layer) for layer in layers}
-    with trace_inputs(projections, lambda inputs: inputs[every, last].float(), stop=True) as found:
-        base.model.get_submodule(base.layout.body)(input_ids=ids, attention_mask=mask, use_cache=False)
-    return {layer: keys.cpu() for layer, keys in found.items()}
+    parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    for start in range(0, len(rows), _ROWS):
+        bare = [edit.contexts[0].ids[: edit.contexts[0].site + 1] for edit in rows[start : start + _ROWS]]
+        every = torch.arange(len(bare), device=base.device)
+        last = torch.tensor([len(ids) - 1 for ids in bare], device=base.device)
+        ids, mask = pad_rows(bare, find_pad(base.tokenizer), "right", base.device)
+        with trace_inputs(projections, partial(_pick, every, last), stop=True) as found:
+            base.model.get_submodule(base.layout.body)(input_ids=ids, attention_mask=mask, use_cache=False)
+        for layer, keys in found.items():
+            parts[layer].append(keys.cpu())
+    return {layer: torch.cat(keys) for layer, keys in parts.items()}
+
+
+def _pick(rows: torch.Tensor, columns: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    return inputs[rows, columns].float()
 
 
 def group_keys(names: Sequence[str], keys: Mapping[int, torch.Tensor]) -> list[tuple[int, ...]]:
