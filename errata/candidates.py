@@ -23,8 +23,8 @@ class StoredPair(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ref: PairRef
-    losses: tuple[float, ...]
-    """Of its edits in canonical order: nats per token of the target that are left at z."""
+    losses: tuple[float | None, ...]
+    """Of its edits in canonical order: nats per token of the target that are left at z; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class PreparedBatch:
 
     refs: Mapping[str, PairRef]
     """Edit id → its stored pair; edits of one group have the same."""
-    losses: Mapping[str, float]
-    """Edit id → nats per token of its target that are left at z."""
+    losses: Mapping[str, float | None]
+    """Edit id → nats per token of its target that are left at z; None where that is not known."""
     refused: Mapping[str, str]
     """Edit id → why no pair can be made."""
 
@@ -66,7 +66,7 @@ def prepare_batch(
     """
     by_id = {edit.edit_id: edit for edit in edits}
     refs: dict[str, PairRef] = {}
-    losses: dict[str, float] = {}
+    losses: dict[str, float | None] = {}
     refused: dict[str, str] = {}
     missing: list[tuple[str, ...]] = []
     for unit in list_units(by_id, groups):

@@ -40,8 +40,8 @@ class Round(_Record):
     """Edit id → the pair it has in this candidate, for its own edits and for older ones whose key group changed."""
     older: dict[str, PairRef] = {}
     """Older occurrence that leaves or gets another pair → the pair it has at the head."""
-    losses: dict[str, float] = {}
-    """Edit id → nats per token of its target that are left at z."""
+    losses: dict[str, float | None] = {}
+    """Edit id → nats per token of its target that are left at z; None for a pair of another stream."""
     fits: dict[str, float]
     """Edit id → ρ, the fraction of its residual that the solve realises."""
     report: str | None = None

@@ -1,5 +1,7 @@
 """`apply_edits`: what waits in a stream's inbox becomes commits and model versions. The path of one batch, as a straight line."""
 
+from collections.abc import Callable
+
 from prefect import flow
 from prefect.logging import get_run_logger
 
@@ -27,9 +29,14 @@ def apply_edits(stream: str = "main", dry_run: bool = False) -> list[BatchSummar
     Returns:
         What became of each batch. A refused batch is a result; a fault is raised.
     """
+    return write_batches(stream, lambda: order_batch(stream), dry_run)
+
+
+def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bool) -> list[BatchSummary]:
+    """Write order after order into a stream, until there is none."""
     done: list[BatchSummary] = []
     conflicts = 0
-    while (order := order_batch(stream)) is not None:
+    while (order := order_next()) is not None:
         prepared = prepare_pairs(stream, order)
         rounds: list[Round] = []
         rest = prepared.ready

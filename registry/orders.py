@@ -38,6 +38,14 @@ class _Stored(_Record):
         return cls.model_validate_json(objects.get(digest))
 
 
+class Source(_Record):
+    """Where the edits of an order come from, if not from the inbox."""
+
+    stream: str
+    seq: int
+    """Its newest commit."""
+
+
 class Order(_Stored):
     """One batch, decided up to what only the model can tell."""
 
@@ -49,6 +57,8 @@ class Order(_Stored):
     """All lines considered."""
     under: str
     """Digest of the settings it is judged under."""
+    source: Source | None = None
+    """None for the inbox."""
 
 
 class WithdrawalOrder(_Stored):

@@ -11,11 +11,11 @@ from errata.edits import canonical_json
 from errata.errors import KeyExistsError
 from registry.stream import Stream
 
-Place = tuple[str, int, list[float]]
+Place = tuple[str, int, list[float | None]]
 """Digest of a pairs object, the row in it, and the losses its optimisation ended with, in nats per token of the target, edit by edit."""
 
 
-def remember_pairs(stream: Stream, prepare: str, pairs: str, losses: Mapping[str, Sequence[float]]) -> None:
+def remember_pairs(stream: Stream, prepare: str, pairs: str, losses: Mapping[str, Sequence[float | None]]) -> None:
     """Note that rows 0, 1, … of the object `pairs` are the pairs of these names, and how far their edits came.
 
     Args:

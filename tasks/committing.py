@@ -20,7 +20,7 @@ from errata.rounds import Prepared, PreparedRecord, Round
 from errata.settings import Settings
 from errata.summary import BatchSummary
 from registry.commit import commit
-from registry.events import BatchRow, Commit, EditsCommit, FileUse, Outcome, RejectionCommit, Standing
+from registry.events import BatchRow, Commit, EditsCommit, FileUse, MergeCommit, Outcome, RejectionCommit, Standing
 from registry.fold import EditRow, join_lines, split_occurrence
 from registry.orders import Order
 from registry.prepared import forget_pairs
@@ -142,7 +142,10 @@ def draft_commit(
     }
     if accepted and last is not None:
         pairs = tuple(dict.fromkeys(ref.pairs for ref in placed.values()))
-        return EditsCommit(manifest=last.manifest, pairs=pairs, promoted=settings.policy.promote == "auto", **fields), outcomes
+        fields |= {"manifest": last.manifest, "pairs": pairs, "promoted": settings.policy.promote == "auto"}
+        if order.source is None:
+            return EditsCommit(**fields), outcomes
+        return MergeCommit(source=order.source.stream, source_seq=order.source.seq, **fields), outcomes
     return RejectionCommit(manifest=order.manifest, **fields), outcomes
 
 

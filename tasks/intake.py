@@ -10,7 +10,7 @@ from errata.intake import Intake
 from registry.events import BatchRow, FileUse, Outcome
 from registry.fold import join_lines
 from registry.inbox import read_waiting
-from registry.orders import Order, Planned
+from registry.orders import Order, Planned, Source
 from registry.stream import Stream
 from tasks._session import open_named
 from tasks._task import stage
@@ -25,11 +25,18 @@ def order_batch(stream: str) -> str | None:
     proposal = propose_batch(intake.read(), opened.index, settings.apply.batch_size, under)
     if not proposal.considered:
         return None
-    return write_order(opened, under, proposal, intake).store(opened.objects)
+    lines = ((arrival.file, arrival.line) for arrival in proposal.considered)
+    return write_order(opened, under, proposal, measure_files(lines, intake.names, intake.ended)).store(opened.objects)
 
 
-def write_order(stream: Stream, under: str, proposal: Proposal, intake: Intake) -> Order:
-    """The proposal in the terms of the log; `under` is what it will be judged under."""
+def write_order(stream: Stream, under: str, proposal: Proposal, files: tuple[FileUse, ...], source: Source | None = None) -> Order:
+    """The proposal in the terms of the log.
+
+    Args:
+        under: what it will be judged under.
+        files: the lines of the inbox that it consumes.
+        source: where its edits come from, if not from there.
+    """
     head = stream.head
     rows = {position: _build_row(position, arrival, head.seq + 1) for position, arrival in enumerate(proposal.considered)}
     occurrences = {position: row.occurrence for position, row in rows.items() if row}
@@ -45,8 +52,9 @@ def write_order(stream: Stream, under: str, proposal: Proposal, intake: Intake) 
         additions=tuple(planned),
         rows=tuple(row for item in proposal.settled if (row := rows[item.position])),
         settled=tuple(_settle(item, occurrences) for item in proposal.settled),
-        files=measure_files(((arrival.file, arrival.line) for arrival in proposal.considered), intake.names, intake.ended),
+        files=files,
         under=under,
+        source=source,
     )
 
 

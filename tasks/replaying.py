@@ -13,7 +13,7 @@ from errata.manifests import PairRef
 from errata.replay import Entry, Remade, Replay, Step
 from errata.settings import Settings, load_settings
 from registry.commit import commit as make_commit
-from registry.events import Commit, EditsCommit, InitCommit, Outcome, RebuildCommit, RollbackCommit, WithdrawalCommit
+from registry.events import Commit, EditsCommit, InitCommit, MergeCommit, Outcome, RebuildCommit, RollbackCommit, WithdrawalCommit
 from registry.fold import Head, split_occurrence
 from registry.history import History, is_accepted, list_named, open_history
 from registry.stream import open_stream
@@ -168,7 +168,7 @@ def _build_entry(commit: Commit, parent: int) -> Entry:
             return Entry(commit.seq, parent, manifest, restates=target)
         case RebuildCommit(of=of):
             return Entry(commit.seq, parent, manifest, restates=of, rebuilt=True)
-        case InitCommit() | EditsCommit() | WithdrawalCommit():
+        case InitCommit() | EditsCommit() | WithdrawalCommit() | MergeCommit():
             return Entry(commit.seq, parent, manifest)
     raise AssertionError(f"{commit.name} is no accepted commit")
 
