@@ -113,7 +113,9 @@ def test_merging_is_having_had_all_edits_in_one_stream(
     assert errata("rebuild", "--check").code == 0
 
 
-def test_a_dry_run_and_a_refusal_change_nothing_in_the_model(desk: Any, second: str, make_edit: Make, monkeypatch: Any, errata: Any) -> None:
+def test_a_dry_run_and_a_refusal_change_nothing_in_the_model(
+    desk: Any, second: str, make_edit: Make, monkeypatch: Any, errata: Any
+) -> None:
     write(desk, "main", make_edit(0))
     write(desk, second, make_edit(1))
     head = look(desk, "main").head
