@@ -37,7 +37,7 @@ class ObjectStore:
 
     def put(self, data: bytes) -> str:
         """Store bytes; their digest. On return an intact copy is stored, whether by this call or an earlier one: what lies there
-        already is read and, if damaged, replaced."""
+        already is read and, if damaged, replaced, and its age begins anew, so that it is not collected as garbage meanwhile."""
         digest = digest_of(data)
         key = self._key(digest)
         if not self._storage.exists(key):
@@ -46,13 +46,35 @@ class ObjectStore:
                 return digest
             except KeyExistsError:
                 pass  # Another writer stored the same bytes meanwhile, or a repeated request met its own first try.
-        if digest_of(self._storage.read(key)) != digest:
+        try:
+            if digest_of(self._storage.read(key)) == digest:
+                self._storage.renew(key)
+                return digest
             self._storage.delete(key)
-            self._storage.create(key, data)
+        except KeyMissingError:
+            pass  # Collected since we looked.
+        self._storage.create(key, data)
         return digest
 
     def exists(self, digest: str) -> bool:
         return self._storage.exists(self._key(digest))
+
+    def find(self, digest: str) -> Entry | None:
+        """Size and age of an object; None if there is none."""
+        return self._storage.find(self._key(digest))
+
+    def renew(self, digest: str) -> None:
+        """Begin an object's age anew. Raises KeyMissingError: there is none."""
+        self._storage.renew(self._key(digest))
+
+    def delete(self, digest: str) -> None:
+        """Remove an object; one that is absent is no error."""
+        self._storage.delete(self._key(digest))
+
+    def list(self) -> Iterator[Entry]:
+        """All objects in the order of their digests, which stand in place of the keys."""
+        for entry in self._storage.list(f"{self._prefix}/"):
+            yield replace(entry, key=entry.key.removeprefix(f"{self._prefix}/"))
 
     def get_json(self, digest: str) -> Any:
         return self._parse(digest, self.get(digest))

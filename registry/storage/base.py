@@ -60,6 +60,18 @@ class Storage(Protocol):
 
     def exists(self, key: str) -> bool: ...
 
+    def find(self, key: str) -> Entry | None:
+        """As a listing would show it; None where nothing is stored under `key`."""
+        ...
+
+    def renew(self, key: str) -> None:
+        """Make `modified` the present, by the storage's own clock; the value stays as it is.
+
+        Raises:
+            KeyMissingError: nothing is stored under `key`.
+        """
+        ...
+
     def list(self, prefix: str) -> Iterator[Entry]:
         """All values whose key starts with `prefix` (a string prefix, not a folder), in key order."""
         ...
@@ -104,6 +116,23 @@ def check_key(key: str) -> str:
 def is_hidden(key: str) -> bool:
     """Whether a listing leaves the key out: it could not be read through `check_key`."""
     return any(not part or part.startswith(".") for part in key.split("/"))
+
+
+def read_clock(storage: Storage) -> datetime:
+    """What time it is for the storage: its own clock says how old its values are.
+
+    Raises:
+        StorageError: the storage cannot be written.
+    """
+    key = f"probes/{uuid.uuid4().hex}"
+    storage.create(key, b"clock")
+    try:
+        found = storage.find(key)
+    finally:
+        storage.delete(key)
+    if found is None:
+        raise StorageError(f"{storage.url}: expected {key} right after it was stored, found none")
+    return found.modified
 
 
 def check_create_if_absent(storage: Storage) -> None:

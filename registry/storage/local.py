@@ -64,6 +64,23 @@ class LocalStorage:
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
+    def find(self, key: str) -> Entry | None:
+        path = self._path(key)
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+
+    def renew(self, key: str) -> None:
+        path = self._path(key)
+        try:
+            os.utime(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise KeyMissingError(f"expected a file {path}, found none") from None
+        except OSError as error:
+            raise StorageError(f"expected to renew {path}: {error.strerror}") from error
+
     def list(self, prefix: str) -> Iterator[Entry]:
         top = self._root / prefix.rpartition("/")[0]
         found = []

@@ -37,6 +37,16 @@ class MemoryStorage:
     def exists(self, key: str) -> bool:
         return check_key(key) in self._values
 
+    def find(self, key: str) -> Entry | None:
+        found = self._values.get(check_key(key))
+        return Entry(key, len(found[0]), found[1]) if found else None
+
+    def renew(self, key: str) -> None:
+        with self._lock:
+            if check_key(key) not in self._values:
+                raise KeyMissingError(f"{self.url}: expected a value under {key!r}, found none")
+            self._values[key] = self._values[key][0], datetime.now(UTC)
+
     def list(self, prefix: str) -> Iterator[Entry]:
         with self._lock:
             found = [Entry(key, len(data), modified) for key, (data, modified) in self._values.items() if key.startswith(prefix)]
