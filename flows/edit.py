@@ -7,6 +7,7 @@ from errata.errors import ConflictError
 from errata.rounds import Round
 from errata.summary import BatchSummary
 from tasks.committing import commit_batch
+from tasks.compacting import refresh_sums
 from tasks.editing import merge_pairs, prepare_pairs
 from tasks.evaluating import judge_candidate
 from tasks.intake import order_batch
@@ -49,6 +50,7 @@ def apply_edits(stream: str = "main", dry_run: bool = False) -> list[BatchSummar
         if dry_run:
             break
         project_versions(stream)
+        refresh_sums(stream)
     if not dry_run:
         # Also where nothing was committed: an earlier run may have stopped between a commit and its version.
         project_versions(stream)
