@@ -29,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from errata.candidates import build_candidate, extend_state, load_state, spell_changes, start_manifest, take_snapshot
+from errata.compaction import compact_state
 from errata.editors.base import Pairs
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments
@@ -66,6 +67,10 @@ class Point(NamedTuple):
     """Wall seconds of one whole batch."""
     worst: float
     """CPU seconds of the longest commit since the length before, as a rule one whose checkpoint merged large segments."""
+    compaction: float
+    """CPU seconds to sum all live pairs anew, compare and store."""
+    gap: float
+    """Relative, of the weights after it."""
     openings: dict[str, dict[str, Any]]
 
 
@@ -115,9 +120,12 @@ class _Writer:
         openings = {how: _open_elsewhere(self._root, probe) for how in ("cold", "cached")}
         data = len(state.to_bytes())
         spent = {name: median(item[name] for item in timed) for name in timed[0]}
-        return Point(
-            length, self._live, "sums" if state.pairs is None else "pairs", data, self._cold, spent, spent.pop("wall"), worst, openings
-        )
+        begun = time.process_time()
+        live = [PairRef(pairs=row.pairs or "", row=row.row or 0) for row in self._stream.index.find_rows("live")]
+        gap = compact_state(self._stream.objects, self._editor, self._manifest, live).gap
+        compaction, form = time.process_time() - begun, "sums" if state.pairs is None else "pairs"
+        wall = spent.pop("wall")
+        return Point(length, self._live, form, data, self._cold, spent, wall, worst, compaction, gap, openings)
 
     def _write_plain(self, snapshot: bool) -> None:
         """A commit that nobody solves; the state catches up where a snapshot is wanted."""
@@ -245,9 +253,10 @@ def _print_batches(points: list[Point]) -> None:
 
 
 def _print_bytes(points: list[Point]) -> None:
-    table = _make_table("bytes", ("live edits", "state is", "state", "cold pairs"))
+    table = _make_table("bytes, and a compaction", ("live edits", "state is", "state", "cold pairs", "compact, CPU s", "weights moved by"))
     for point in points:
-        table.add_row(f"{point.live:,}", point.form, f"{point.state:,}", f"{point.cold:,}")
+        row = (f"{point.live:,}", point.form, f"{point.state:,}", f"{point.cold:,}", f"{point.compaction:.2f}", f"{point.gap:.1e}")
+        table.add_row(*row)
     out.print(table)
 
 
