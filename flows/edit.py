@@ -50,7 +50,8 @@ def apply_edits(stream: str = "main", dry_run: bool = False) -> list[BatchSummar
         if dry_run:
             break
         project_versions(stream)
-        refresh_sums(stream)
+        if (fault := refresh_sums(stream)) is not None:
+            get_run_logger().warning("the sums were not built anew, the next batch tries again: %s", fault)
     if not dry_run:
         # Also where nothing was committed: an earlier run may have stopped between a commit and its version.
         project_versions(stream)

@@ -1,11 +1,10 @@
 """The refresh of the sums: asked for, or by itself after a batch once enough pairs have come and gone."""
 
-import logging
 import time
 from collections.abc import Sequence
 
 from errata.compaction import compact_state
-from errata.errors import KeyMissingError, ObjectCorruptError
+from errata.errors import ConflictError, KeyMissingError, ObjectCorruptError
 from errata.exactness import RELATIVE
 from errata.manifests import PairRef, sort_refs
 from errata.settings import Settings
@@ -15,12 +14,9 @@ from registry.stream import Stream
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
 from tasks.committing import commit_once, describe_writer
-from tasks.projecting import show_log
 from tasks.replaying import spell_live
 
 _CHECK = "`errata rebuild --check` says where the log and the state part; nothing was committed"
-
-_log = logging.getLogger(__name__)
 
 
 @stage
@@ -34,11 +30,11 @@ def compact_sums(stream: str, dry_run: bool = False) -> CompactionSummary:
 
 
 @stage
-def refresh_sums(stream: str) -> CompactionSummary | None:
-    """Compact a stream that is due, as a commit and a version of its own; None where it is not due, or where it fails.
+def refresh_sums(stream: str) -> str | None:
+    """Compact a stream that is due, as a commit of its own; what went wrong, if anything did.
 
-    The batch before is committed, and its sums are good for it: nothing that happens here may fail it. Whoever is refused, or fails,
-    is due again after the next batch.
+    The batch before is committed, and its sums are good for it: nothing that happens here may fail it. A stream whose compaction is
+    refused, or fails, is due again after the next batch.
     """
     try:
         settings, opened = open_named(stream)
@@ -46,22 +42,18 @@ def refresh_sums(stream: str) -> CompactionSummary | None:
         if operations < settings.apply.refresh_every:
             return None
         summary = compact_stream(settings, opened, dry_run=False)
-        if summary.decision == "refuse":
-            _log.warning("the sums of %s were not refreshed: %s", opened.name, "; ".join(summary.reasons))
-        elif summary.commit is not None:
-            show_log(settings, opened)
-        return summary
+        return None if summary.accepted else "; ".join(summary.reasons)
     except Exception as error:  # noqa: BLE001
-        _log.warning("the sums of %s were not refreshed, the next batch tries again: %s", stream, error)
-        return None
+        return f"{type(error).__name__}: {error}"
 
 
 def compact_stream(settings: Settings, stream: Stream, *, dry_run: bool) -> CompactionSummary:
     """See `compact_sums`."""
     begun, head = time.perf_counter(), stream.head
     manifest = read_manifest(stream, head.manifest)
-    rows = list(stream.index.find_rows("live"))
-    refs = sort_refs(PairRef(pairs=row.pairs or "", row=row.row or 0) for row in rows)
+    # Edits of one subject may share a pair.
+    live = [PairRef(pairs=row.pairs or "", row=row.row or 0) for row in stream.index.find_rows("live")]
+    refs = sort_refs(live)
 
     def conclude(decision: str, commit: int | None = None, gap: float | None = None, reasons: Sequence[str] = ()) -> CompactionSummary:
         return CompactionSummary.model_validate(
@@ -69,7 +61,7 @@ def compact_stream(settings: Settings, stream: Stream, *, dry_run: bool) -> Comp
                 "stream": stream.name,
                 "commit": commit,
                 "decision": decision,
-                "live": len(rows),
+                "live": len(live),
                 "pairs": len(refs),
                 "operations": manifest.layers[0].state.operations,
                 "gap": gap,
@@ -86,6 +78,9 @@ def compact_stream(settings: Settings, stream: Stream, *, dry_run: bool) -> Comp
     except (KeyMissingError, ObjectCorruptError) as error:
         return conclude("refuse", reasons=(f"{error}. {_CHECK}",))
     if not made.gap <= RELATIVE:
+        # The tables are shared with other processes of this machine, and may have moved on between the head and the rows.
+        if (newer := stream.refresh()).digest != head.digest:
+            raise ConflictError(f"expected commit {head.seq} to be the newest, found {newer.seq}: another writer committed")
         said = f"expected weights within {RELATIVE:.1e} of those of commit {head.accepted}, found them {made.gap:.1e} apart. {_CHECK}"
         return conclude("refuse", gap=made.gap, reasons=(said,))
     if dry_run:
