@@ -31,7 +31,8 @@ class Finding(_Record):
 
     commit: int
     what: str
-    """`artifact`, `snapshot`, `manifest`, `change list`, `recipe`, `pairs`, `outcomes`, `batch`, `report`, `file` or `commit`."""
+    """`artifact`, `snapshot`, `manifest`, `change list`, `live list`, `recipe`, `pairs`, `outcomes`, `batch`, `report`, `file` or
+    `commit`."""
     state: FindingState
     detail: str
     digest: str | None = None

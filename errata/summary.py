@@ -1,4 +1,6 @@
-"""What became of a batch, a withdrawal or a rollback, as people and callers of the flows see it."""
+"""What became of a batch, a withdrawal, a rollback or a compaction, as people and callers of the flows see it."""
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -70,3 +72,26 @@ class RollbackSummary(BaseModel):
     back: tuple[str, ...]
     """Occurrences that are live again."""
     live: int
+
+
+class CompactionSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str
+    commit: int | None
+    """None for a dry run, and where there is nothing to commit."""
+    decision: Literal["accept", "refuse", "nothing to do"]
+    live: int
+    """Edits in the sums."""
+    pairs: int
+    """Their distinct pairs, which were added up."""
+    operations: int
+    """Pairs added or removed since the sums were last built from nothing."""
+    gap: float | None
+    """Relative difference of the weights before and after, in float64; None where they were not compared."""
+    reasons: tuple[str, ...]
+    seconds: float
+
+    @property
+    def accepted(self) -> bool:
+        return self.decision != "refuse"

@@ -93,11 +93,11 @@ class Checkpoints:
                 checkpoint = Checkpoint.model_validate(read_formatted(self._storage.read(key), key))
                 if digest_of(log.read_bytes(checkpoint.seq)) != checkpoint.commit:
                     raise StorageError(f"{key}: expected commit {checkpoint.commit} at {checkpoint.seq}, found another")
-                rows = [_parse(row) for segment in checkpoint.segments for row in self._objects.get_rows(segment.digest)]
+                rows = (_parse(row) for segment in checkpoint.segments for row in self._objects.iterate_rows(segment.digest))
+                index.load(checkpoint.head, checkpoint.counts, rows)
             except (StorageError, ValidationError) as error:
                 _log.warning("checkpoint passed over: %s", error)
                 continue
-            index.load(checkpoint.head, checkpoint.counts, rows)
             index.checkpoint = checkpoint.model_dump_json()
             return checkpoint
         return None

@@ -10,7 +10,17 @@ import logging
 import sqlite3
 
 from errata.errors import ConflictError, KeyMissingError, StorageError
-from registry.events import AcceptedCommit, Commit, InitCommit, RebuildCommit, RejectionCommit, RollbackCommit, Status, write_commit
+from registry.events import (
+    AcceptedCommit,
+    Commit,
+    CompactionCommit,
+    InitCommit,
+    RebuildCommit,
+    RejectionCommit,
+    RollbackCommit,
+    Status,
+    write_commit,
+)
 from registry.fold import ASIDE, HELD, Changes, EditRow, Head, Move, derive_changes
 from registry.stream import Stream
 
@@ -62,7 +72,7 @@ def commit(stream: Stream, draft: Commit, parent: Head) -> Commit:
 
 
 def _check_objects(stream: Stream, draft: Commit) -> None:
-    named = {
+    named: dict[str, str | None] = {
         "batch": draft.batch,
         "outcomes": draft.outcomes,
         "manifest": draft.manifest,
@@ -70,6 +80,8 @@ def _check_objects(stream: Stream, draft: Commit) -> None:
         **{f"pairs[{i}]": digest for i, digest in enumerate(draft.pairs)},
         **{f"file {use.name}": use.digest for use in draft.files},
     }
+    if isinstance(draft, CompactionCommit):
+        named["live list"] = draft.live
     for name, digest in named.items():
         if digest is not None and not stream.objects.exists(digest):
             raise KeyMissingError(f"{draft.name}: expected {name} as object {digest}, found none")
@@ -81,8 +93,10 @@ def _check_changes(stream: Stream, draft: Commit, parent: Head) -> None:
         raise StorageError(f"{draft.name}: expected the previous manifest {parent.manifest}, found {draft.manifest}")
     if isinstance(draft, RollbackCommit):
         _check_target(stream, draft)
-    if isinstance(draft, RebuildCommit) and draft.of != parent.accepted:
+    if isinstance(draft, RebuildCommit | CompactionCommit) and draft.of != parent.accepted:
         raise StorageError(f"{draft.name}: expected the state of the newest accepted commit {parent.accepted}, found that of {draft.of}")
+    if isinstance(draft, CompactionCommit):
+        _check_live(stream, draft)
     changes = derive_changes(draft, stream.read_batch(draft), stream.read_outcomes(draft))
     _check_files(stream, draft)
     _check_occurrences(stream, draft, changes)
@@ -95,6 +109,14 @@ def _check_target(stream: Stream, draft: RollbackCommit) -> None:
             f"{draft.name}: expected the manifest of an accepted commit {draft.target}, found {draft.manifest}; "
             f"there is {target.manifest} of kind {target.kind}"
         )
+
+
+def _check_live(stream: Stream, draft: CompactionCommit) -> None:
+    """Sums that leave out a live edit, or hold one that is not, must not become what every later batch builds on."""
+    listed = [(change["pairs"], row) for change in stream.objects.get_json(draft.live) for row in change["rows"]]
+    live = {(row.pairs, row.row) for row in stream.index.find_rows("live")}
+    if len(listed) != len(live) or set(listed) != live:
+        raise StorageError(f"{draft.name}: expected the {len(live)} pairs of the live edits, each once, found {len(listed)} listed")
 
 
 def _check_files(stream: Stream, draft: Commit) -> None:

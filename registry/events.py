@@ -233,6 +233,9 @@ class CompactionCommit(_CommitBase):
     kind: Literal["compaction"] = "compaction"
     of: int = Field(ge=0)
     """The commit whose state it is."""
+    live: Digest
+    """Of the list of pairs that it sums, spelled as a change list: whoever replays the log can begin here."""
+    outcomes: None = None
     manifest: Digest
     promoted: Literal[True] = True
 

@@ -1,13 +1,15 @@
 """Content-addressed objects: the key of an object is the sha256 of its bytes, so it is written once and checked on every read."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from errata.edits import canonical_json, digest_of
 from errata.errors import KeyExistsError, ObjectCorruptError, StorageError
 from registry.storage.base import Storage
 
+_PARSED = 500
+"""Rows parsed at once."""
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -62,7 +64,14 @@ class ObjectStore:
 
     def get_rows(self, digest: str) -> list[dict[str, Any]]:
         """The rows of a JSONL object, in order."""
-        return [self._parse(digest, line) for line in self.get(digest).split(b"\n") if line]
+        return list(self.iterate_rows(digest))
+
+    def iterate_rows(self, digest: str) -> Iterator[dict[str, Any]]:
+        """As `get_rows`, without all rows in memory at once."""
+        lines = [line for line in self.get(digest).split(b"\n") if line]
+        for start in range(0, len(lines), _PARSED):
+            # Parsed together, since most of the time goes into beginning.
+            yield from self._parse(digest, b"[" + b",".join(lines[start : start + _PARSED]) + b"]")
 
     def put_rows(self, rows: Iterable[dict[str, Any]]) -> str:
         return self.put(b"".join(canonical_json(row) + b"\n" for row in rows))
