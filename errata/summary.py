@@ -70,3 +70,22 @@ class RollbackSummary(BaseModel):
     back: tuple[str, ...]
     """Occurrences that are live again."""
     live: int
+
+
+class ErasureSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str
+    commit: int
+    erased: tuple[str, ...]
+    """Occurrences that have become tombstones."""
+    deleted: int
+    """Objects that are gone."""
+    replaced: int
+    """Objects that are gone and have a stand-in without the edits."""
+    commits: tuple[int, ...]
+    """Accepted commits whose weights are gone, because an edit was live in them."""
+    gap: float
+    """Largest relative difference between the served weights and those before, in float64."""
+    remains: tuple[str, ...]
+    """Keys of the stream that still quote a subject or a prompt of theirs: other edits of the same subject, remarks in commits."""

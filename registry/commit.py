@@ -10,7 +10,17 @@ import logging
 import sqlite3
 
 from errata.errors import ConflictError, KeyMissingError, StorageError
-from registry.events import AcceptedCommit, Commit, InitCommit, RebuildCommit, RejectionCommit, RollbackCommit, Status, write_commit
+from registry.events import (
+    AcceptedCommit,
+    Commit,
+    ErasureCommit,
+    InitCommit,
+    RebuildCommit,
+    RejectionCommit,
+    RollbackCommit,
+    Status,
+    write_commit,
+)
 from registry.fold import ASIDE, HELD, Changes, EditRow, Head, Move, derive_changes
 from registry.stream import Stream
 
@@ -67,6 +77,7 @@ def _check_objects(stream: Stream, draft: Commit) -> None:
         "outcomes": draft.outcomes,
         "manifest": draft.manifest,
         "report": draft.report,
+        "erased": draft.erased if isinstance(draft, ErasureCommit) else None,
         **{f"pairs[{i}]": digest for i, digest in enumerate(draft.pairs)},
         **{f"file {use.name}": use.digest for use in draft.files},
     }
@@ -134,7 +145,8 @@ def _check_occurrences(stream: Stream, draft: Commit, changes: Changes) -> None:
 def _find_moved(stream: Stream, draft: Commit, move: Move) -> EditRow:
     """The row of an older occurrence that is to change its status, or its pair."""
     name = f"{move.id}@{move.seq}"
-    rows = [row for row in stream.index.find_occurrences(move.id) if row.seq == move.seq and row.status not in ASIDE]
+    rows = [row for row in stream.index.find_occurrences(move.id) if row.seq == move.seq]
+    rows = [row for row in rows if row.status not in ASIDE] or (rows if move.status == "erased" else [])
     if not rows:
         raise StorageError(f"{draft.name}: expected an occurrence {name}, found none")
     row, allowed = rows[0], _FROM.get(move.status, ())

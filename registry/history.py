@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from errata.errors import FormatError, ObjectCorruptError
-from registry.events import AcceptedCommit, BatchRow, Commit, FileUse, Outcome, read_rows
+from errata.errors import FormatError, KeyMissingError, ObjectCorruptError
+from registry.events import AcceptedCommit, BatchRow, Commit, ErasureCommit, FileUse, Outcome, read_rows
 from registry.fold import Head, advance_head, split_occurrence
 from registry.log import CommitLog
 from registry.objects import ObjectStore
@@ -39,6 +39,13 @@ class History:
     def key(self, name: str) -> str:
         """The storage key of something of this stream."""
         return f"streams/{self.name}/{name}"
+
+    def follow(self, digest: str) -> str:
+        """What is read for a digest that a commit names: its own, but where it was erased and something stands in for it."""
+        try:
+            return self.objects.locate(digest)
+        except KeyMissingError:
+            return digest
 
     def walk(self) -> Iterator[tuple[Commit, Head]]:
         """Every commit with the head after it, oldest first. Ends at the newest one, or silently where the log is broken: `find_break`
@@ -110,6 +117,7 @@ def list_named(commit: Commit) -> list[tuple[str, str]]:
     uses: tuple[FileUse, ...] = commit.files
     named = [("batch", commit.batch), ("outcomes", commit.outcomes), *(("pairs", digest) for digest in commit.pairs)]
     named += [("report", commit.report), *(("file", use.digest) for use in uses)]
+    named += [("erased", commit.erased)] if isinstance(commit, ErasureCommit) else []
     return [(what, digest) for what, digest in named if digest]
 
 

@@ -31,6 +31,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 CHAMPION = "champion"
@@ -215,6 +216,30 @@ class ModelRegistry:
                 run_id=version.run, artifact_path=_PLOT, dst_path=str(folder), tracking_uri=self.tracking_uri
             )
         return Path(found)
+
+    def hide_version(self, version: Version, erasure: int, *, weights: bool, report: bytes | None) -> None:
+        """Remove what a version holds of edits that commit `erasure` erased. Safe to repeat.
+
+        Args:
+            weights: the version's weights carry them; it cannot be loaded any more.
+            report: the report as it reads now.
+        """
+        with self._reporting(f"remove what was erased from {version.uri}"):
+            run = self._client.get_run(version.run)
+            if report is not None:
+                # The store may refuse to overwrite; a report that is there twice would be one that is still there.
+                get_artifact_repository(run.info.artifact_uri).delete_artifacts("report.json")  # type: ignore[no-untyped-call]
+                with tempfile.TemporaryDirectory() as temporary:
+                    path = Path(temporary, "report.json")
+                    path.write_bytes(report)
+                    self._client.log_artifact(version.run, str(path))
+            if weights:
+                source = self._client.get_model_version_download_uri(version.stream, str(version.number))
+                store = get_artifact_repository(f"{source}/artifacts/version")
+                for item in store.list_artifacts():
+                    if item.path.endswith(".safetensors"):
+                        store.delete_artifacts(item.path)  # type: ignore[no-untyped-call]
+            self._client.set_model_version_tag(version.stream, str(version.number), "errata.erased", str(erasure))
 
     def _find_tagged(self, stream: str, commit: int) -> Version | None:
         # The oldest counts: a second one can only come from a racing projector, which removes its own again.

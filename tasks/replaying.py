@@ -13,7 +13,8 @@ from errata.manifests import PairRef
 from errata.replay import Entry, Remade, Replay, Step
 from errata.settings import Settings, load_settings
 from registry.commit import commit as make_commit
-from registry.events import Commit, EditsCommit, InitCommit, Outcome, RebuildCommit, RollbackCommit, WithdrawalCommit
+from registry.erased import Erasure, finish_erasures, read_erasures
+from registry.events import Commit, EditsCommit, ErasureCommit, InitCommit, Outcome, RebuildCommit, RollbackCommit, WithdrawalCommit
 from registry.fold import Head
 from registry.history import History, is_accepted, list_named, open_history
 from registry.stream import open_stream
@@ -27,6 +28,7 @@ _MEANING = {
     "outcomes": "what became of these records is nowhere else: which of them were accepted, and what they replaced",
     "batch": "the text of these edits is nowhere else, but for the raw file that they came in",
     "report": "what was measured of this commit is nowhere else; no edit is affected",
+    "erased": "what an erasure deleted, and what stands in for it, is nowhere else",
     "file": "the lines as they were sent are nowhere else; the edits are in the batch",
 }
 """What a loss means."""
@@ -44,6 +46,12 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
     settings, begun = load_settings(stream=stream), time.perf_counter()
     history = open_history(settings.root, settings.stream)
     findings: list[Finding] = []
+    if not check:
+        finish_erasures(history.storage, history.key(""))
+    for erasure in read_erasures(history.storage, history.key("")):
+        if not erasure.done and is_committed(history, erasure):
+            detail = "an erasure is committed and not carried out: any command that opens the stream goes on with it"
+            findings.append(Finding(commit=erasure.record.seq, what="erasure", state="mendable", detail=detail, edits=erasure.record.ids))
     head, goal = _read_ends(history, to, findings)
     if head is None:
         return RebuildReport(
@@ -129,6 +137,15 @@ def derive_step(history: History, commit: Commit) -> Step | None:
     return Step(remove=tuple(PairRef(pairs=pairs, row=row) for pairs, row in remove), add=add)
 
 
+def is_committed(history: History, erasure: Erasure) -> bool:
+    """Whether an erasure that was announced is part of the log."""
+    try:
+        commit = history.log.read(erasure.record.seq)
+    except _LOST:
+        return False
+    return isinstance(commit, ErasureCommit) and commit.erased == erasure.digest
+
+
 def _remember_steps(history: History) -> Callable[[int], Step | None]:
     return lambda seq: derive_step(history, history.log.read(seq))
 
@@ -155,6 +172,8 @@ def _build_entry(commit: Commit, parent: int) -> Entry:
             return Entry(commit.seq, parent, manifest, restates=target)
         case RebuildCommit(of=of):
             return Entry(commit.seq, parent, manifest, restates=of, rebuilt=True)
+        case ErasureCommit():
+            return Entry(commit.seq, parent, manifest, restates=parent)
         case InitCommit() | EditsCommit() | WithdrawalCommit():
             return Entry(commit.seq, parent, manifest)
     raise AssertionError(f"{commit.name} is no accepted commit")
@@ -165,6 +184,10 @@ def _check_primary(history: History, commit: Commit, reported: set[str]) -> Iter
     the report of the commit whose state they take over."""
     for what, digest in list_named(commit):
         fault = find_fault(history.objects, digest)
+        if fault is None and digest not in reported and history.follow(digest) != digest:
+            reported.add(digest)
+            detail = "the same without edits that were erased stands in for it"
+            yield Finding(commit=commit.seq, what=what, state="erased", detail=detail, digest=digest)
         if fault is not None and digest not in reported:
             reported.add(digest)
             edits = tuple(_list_affected(history, commit, what, digest))
