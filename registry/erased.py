@@ -4,6 +4,7 @@ An erasure is announced (`erasures/<seq>-<digest>`, the digest of its record, wh
 done (`….done`). Before the commit nothing is deleted. After it whoever opens the stream carries out what is not done.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -145,10 +146,8 @@ def _replace_waiting(storage: Storage, prefix: str, waiting: Waiting) -> None:
         return
     if waiting.by is not None:
         data = storage.read(f"{prefix}objects/{waiting.by}")
-        try:
+        with contextlib.suppress(KeyExistsError):  # an earlier try
             storage.create(f"{prefix}inbox/{waiting.name.removesuffix('.jsonl')}-{waiting.by[:12]}.jsonl", data)
-        except KeyExistsError:
-            pass  # an earlier try
     storage.delete(key)
 
 
@@ -157,7 +156,5 @@ def _place(prefix: str, seq: int, digest: str) -> str:
 
 
 def _create(storage: Storage, key: str) -> None:
-    try:
+    with contextlib.suppress(KeyExistsError):
         storage.create(key, canonical_json({"format": 1}))
-    except KeyExistsError:
-        pass

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from errata.edits import canonical_json, digest_of
 from errata.errors import ConflictError, FormatError, InputError, ObjectCorruptError
 from registry.bundle import NEEDED, Bundled, Contents, Progress, Title
-from registry.erased import announce
+from registry.erased import announce, finish_erasures
 from registry.events import Commit, ErasureCommit, InitCommit, read_commit, read_formatted
 from registry.history import list_named
 from registry.log import CommitLog
@@ -86,6 +86,7 @@ def read_bundle(storage: Storage, source: Path, name: str | None = None, on_prog
     if first is None:
         raise InputError(f"{source}: expected a first commit, found none; did the file change meanwhile?")
     _append(log, 0, first)
+    finish_erasures(storage, f"streams/{made}/")  # what they deleted is not in the bundle
     return Bundled(made, title.seq + 1, len(checked.contents.objects), checked.contents.omitted)
 
 
