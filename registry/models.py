@@ -225,14 +225,10 @@ class ModelRegistry:
             report: the report as it reads now.
         """
         with self._reporting(f"remove what was erased from {version.uri}"):
-            run = self._client.get_run(version.run)
             if report is not None:
-                # The store may refuse to overwrite; a report that is there twice would be one that is still there.
-                get_artifact_repository(run.info.artifact_uri).delete_artifacts("report.json")  # type: ignore[no-untyped-call]
-                with tempfile.TemporaryDirectory() as temporary:
-                    path = Path(temporary, "report.json")
-                    path.write_bytes(report)
-                    self._client.log_artifact(version.run, str(path))
+                # Deleted first: stores that do not overwrite would keep the old one.
+                get_artifact_repository(self._client.get_run(version.run).info.artifact_uri).delete_artifacts("report.json")  # type: ignore[no-untyped-call]
+                self._client.log_text(version.run, report.decode(), "report.json")
             if weights:
                 source = self._client.get_model_version_download_uri(version.stream, str(version.number))
                 store = get_artifact_repository(f"{source}/artifacts/version")

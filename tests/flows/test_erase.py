@@ -9,6 +9,7 @@ import pytest
 
 from errata.editors.base import Pairs
 from errata.edits import Edit
+from errata.errors import RegistryError
 from registry.stream import open_stream
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -79,7 +80,10 @@ def test_an_erased_edit_is_nowhere_any_more(
     used_desk.roll_back(2)
     versions = used_desk.versions()
     assert versions[3].tags["errata.erased"] == "6" and "errata.erased" not in versions[2].tags and 6 in versions
-    assert used_desk.open_registry().champion("main").commit == 7
+    registry = used_desk.open_registry()
+    assert registry.champion("main").commit == 7 and len(registry.read_artifacts(versions[6])) == 1
+    with pytest.raises(RegistryError):
+        registry.read_artifacts(versions[3])
 
     bundle = tmp_path / "moved.tar"
     assert errata("bundle", "--to", str(bundle)).code == 0
