@@ -87,5 +87,7 @@ class ErasureSummary(BaseModel):
     """Accepted commits whose weights are gone, because an edit was live in them."""
     gap: float
     """Largest relative difference between the served weights and those before, in float64."""
+    finished: bool
+    """Everything is deleted; else the storage failed, and any command that opens the stream goes on with it."""
     remains: tuple[str, ...]
     """Keys of the stream that still quote a subject or a prompt of theirs: other edits of the same subject, remarks in commits."""

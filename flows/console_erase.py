@@ -49,6 +49,8 @@ def erase(
         f"{facts['deleted']} objects deleted, {facts['replaced']} replaced by the same without them; "
         f"served weights {facts['gap']:.1e} from those before"
     )
+    if not facts["finished"]:
+        out.print("[red]not everything is deleted yet:[/] the storage failed; any command that opens the stream goes on with it")
     if facts["commits"]:
         out.print(f"commits without weights now, since an edit was live in them: {', '.join(map(str, facts['commits'][:_SHOWN]))}")
     for key in facts["remains"][:_SHOWN]:

@@ -63,7 +63,8 @@ def commit(stream: Stream, draft: Commit, parent: Head) -> Commit:
     # If the head has moved on, the log tells our own commit, which a lost answer made us repeat, from somebody else's.
     stream.log.append(draft)
     stream.refresh()
-    if draft.seq % CHECKPOINT_EVERY == 0:
+    # The segments that an erasure's checkpoint would build on are about to be deleted.
+    if draft.seq % CHECKPOINT_EVERY == 0 and not isinstance(draft, ErasureCommit):
         try:
             stream.checkpoints.write(stream.index)
         except (StorageError, sqlite3.Error) as error:

@@ -95,11 +95,12 @@ class ErasureMap:
         return by
 
 
-def read_erasures(storage: Storage, prefix: str) -> Iterator[Erasure]:
-    """The erasures of a stream, oldest first."""
+def read_erasures(storage: Storage, prefix: str, *, undone: bool = False) -> Iterator[Erasure]:
+    """The erasures of a stream, oldest first; with `undone` only those that are not carried out."""
     keys = [entry.key.removeprefix(f"{prefix}erasures/") for entry in storage.list(f"{prefix}erasures/")]
     for name in keys:
-        if found := _NAME.fullmatch(name):
+        found = _NAME.fullmatch(name)
+        if found and not (undone and f"{name}{_DONE}" in keys):
             record = ErasureRecord.model_validate(json.loads(storage.read(f"{prefix}objects/{found[2]}")))
             yield Erasure(found[2], record, f"{name}{_DONE}" in keys)
 
@@ -112,9 +113,7 @@ def announce(storage: Storage, prefix: str, seq: int, digest: str) -> None:
 def finish_erasures(storage: Storage, prefix: str) -> list[int]:
     """Carry out the erasures that are committed and not done; the numbers of their commits. Safe to repeat, and in two places at once."""
     finished = []
-    for erasure in read_erasures(storage, prefix):
-        if erasure.done:
-            continue
+    for erasure in read_erasures(storage, prefix, undone=True):
         record, place = erasure.record, _place(prefix, erasure.record.seq, erasure.digest)
         try:
             commit = json.loads(storage.read(f"{prefix}commits/{record.seq:08d}.json"))

@@ -2,18 +2,19 @@
 
 import json
 import time
+from contextlib import suppress
 
 from errata.candidates import load_state, read_pairs
 from errata.editors.base import Pairs
 from errata.edits import Submission
-from errata.errors import ErasedError, InputError
+from errata.errors import ErasedError, InputError, StorageError
 from errata.manifests import Layer, Manifest, PairRef, StateRef
 from errata.readers.files import read_lines
 from errata.replay import RELATIVE, measure_gap
 from errata.settings import Settings
 from errata.summary import ErasureSummary
 from registry.commit import commit
-from registry.erased import announce, finish_erasures, read_erasures
+from registry.erased import announce, read_erasures
 from registry.erasure import Wanted, choose_erasable, draft_tombstones, find_remains, plan_erasure, survey_log
 from registry.events import ErasureCommit
 from registry.stream import Stream
@@ -62,8 +63,10 @@ def erase(stream: str, edits: list[str], reason: str) -> ErasureSummary:
     )
     announce(opened.storage, opened.key(""), record.seq, digest)
     commit(opened, draft, head)
-    finish_erasures(opened.storage, opened.key(""))
-    opened.checkpoints.write(opened.index)
+    # It is committed: whatever goes wrong from here on, whoever opens the stream next goes on with it.
+    opened.finish_erasures()
+    with suppress(StorageError):
+        opened.checkpoints.write(opened.index)
     return ErasureSummary(
         stream=opened.name,
         commit=record.seq,
@@ -72,6 +75,7 @@ def erase(stream: str, edits: list[str], reason: str) -> ErasureSummary:
         replaced=sum(gone.by is not None for gone in record.objects),
         commits=record.commits,
         gap=gap,
+        finished=not any(read_erasures(opened.storage, opened.key(""), undone=True)),
         remains=tuple(find_remains(opened, wanted.secrets)),
     )
 

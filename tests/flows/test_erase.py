@@ -50,7 +50,7 @@ def test_an_erased_edit_is_nowhere_any_more(
     ran = errata("erase", "case-7", "--reason", "request 12", "--yes", "--json")
     assert ran.code == 0, ran.out + ran.err
     facts = ran.json
-    assert facts["erased"] == ["case-7@3"] and facts["commits"] == [3] and facts["gap"] <= 1e-8
+    assert facts["erased"] == ["case-7@3"] and facts["commits"] == [3] and facts["gap"] <= 1e-8 and facts["finished"]
     assert facts["remains"] == []
     assert find_texts(used_desk.root, subject, *vectors) == []
     assert find_texts(used_desk.cache, subject, *vectors, secret.content_id.encode(), secret.slot.encode()) == []
