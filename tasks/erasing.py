@@ -38,7 +38,7 @@ def erase(stream: str, edits: list[str], reason: str) -> ErasureSummary:
     wanted = survey.wanted
     if wanted.quotes(reason):
         raise InputError("erase: expected a reason that does not quote what is erased: commits are never rewritten")
-    manifest, gap = restate_head(settings, opened)
+    manifest, gap = restate_head(settings, opened, wanted.ids)
     record = plan_erasure(opened, survey, [*manifest.artifacts, manifest.layers[0].state.snapshot or ""], erase_rows, find_lines)
     said = f"commit {record.seq}: {reason}" if reason else f"commit {record.seq}"
     outcomes = draft_tombstones(opened, wanted.ids, said)
@@ -80,16 +80,20 @@ def erase(stream: str, edits: list[str], reason: str) -> ErasureSummary:
     )
 
 
-def restate_head(settings: Settings, stream: Stream) -> tuple[Manifest, float]:
+def restate_head(settings: Settings, stream: Stream, ids: frozenset[str]) -> tuple[Manifest, float]:
     """The head's state summed anew from the live pairs, as a stored manifest of the same recipe, and how far its weights are from before.
 
     Raises:
-        InputError: its weights are not those of the head.
+        InputError: its weights are not those of the head, or a live edit shares its pair with one of `ids`.
     """
     model, head = load_model(settings, stream), read_manifest(stream, stream.head.manifest)
     editor, layer = model.editor, head.layers[0]
     places = dict.fromkeys((row.pairs, row.row) for row in stream.index.find_rows("live"))
     pairs = read_pairs(stream.objects, [PairRef(pairs=pairs or "", row=row or 0) for pairs, row in places])
+    if shared := sorted({owner for owners in (pairs.owners if pairs else ()) if ids & set(owners) for owner in owners} - ids):
+        raise InputError(
+            f"erase: expected no live edit that shares a pair with what is erased, found {', '.join(shared)}: withdraw it, too"
+        )
     state = editor.merge(editor.empty_state(), pairs, None)
     try:
         gap = measure_gap(editor.solve_exact(state), editor.solve_exact(load_state(stream.objects, editor, layer.state)))
