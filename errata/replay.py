@@ -307,6 +307,10 @@ class Replay:
         fault = find_fault(self.blobs, layer.artifact) if layer.artifact else None
         if not solve and fault is None:
             return
+        if fault == "erased":  # the pairs that are left give other weights, those without the edit
+            assert layer.artifact is not None
+            self._report(seq, "artifact", layer.artifact, fault, "erased")
+            return
         artifact = self.editor.solve(reached.state)
         data = artifact.to_bytes() if artifact else None
         ours = digest_of(data) if data else None
@@ -364,7 +368,9 @@ class Replay:
         fault = find_fault(self.blobs, digest)
         if fault is None:
             return True
-        if data is None:
+        if fault == "erased":
+            self._report(seq, what, digest, fault, "erased")
+        elif data is None:
             self._report(seq, what, digest, fault, "lost")
         elif digest_of(data) != digest:
             self._report(seq, what, digest, fault, "unequal")

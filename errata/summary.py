@@ -95,3 +95,24 @@ class CompactionSummary(BaseModel):
     @property
     def accepted(self) -> bool:
         return self.decision != "refuse"
+
+
+class ErasureSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str
+    commit: int
+    erased: tuple[str, ...]
+    """Occurrences that have become tombstones."""
+    deleted: int
+    """Objects that are gone."""
+    replaced: int
+    """Objects that are gone and have a stand-in without the edits."""
+    commits: tuple[int, ...]
+    """Accepted commits whose weights are gone, because an edit was live in them."""
+    gap: float
+    """Largest relative difference between the served weights and those before, in float64."""
+    finished: bool
+    """Everything is deleted; else the storage failed, and any command that opens the stream goes on with it."""
+    remains: tuple[str, ...]
+    """Keys of the stream that still quote a subject or a prompt of theirs: other edits of the same subject, remarks in commits."""

@@ -72,6 +72,8 @@ class Checkpoints:
     def write(self, index: Index) -> Checkpoint:
         """Write the index's tables as they stand."""
         before = Checkpoint.model_validate_json(index.checkpoint) if index.checkpoint else None
+        if before and not all(self._objects.exists(segment.digest) for segment in before.segments):
+            before = None  # erased: segments name digests of texts
         head, counts, rows = index.dump(since=before.seq if before else -1)
         segments = list(before.segments) if before else []
         changed = [row for _, row in sorted(map(_keyed, rows), key=itemgetter(0))]

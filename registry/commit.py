@@ -14,6 +14,7 @@ from registry.events import (
     AcceptedCommit,
     Commit,
     CompactionCommit,
+    ErasureCommit,
     InitCommit,
     RebuildCommit,
     RejectionCommit,
@@ -63,7 +64,8 @@ def commit(stream: Stream, draft: Commit, parent: Head) -> Commit:
     # If the head has moved on, the log tells our own commit, which a lost answer made us repeat, from somebody else's.
     stream.log.append(draft)
     stream.refresh()
-    if draft.seq % CHECKPOINT_EVERY == 0:
+    # The segments that an erasure's checkpoint would build on are about to be deleted.
+    if draft.seq % CHECKPOINT_EVERY == 0 and not isinstance(draft, ErasureCommit):
         try:
             stream.checkpoints.write(stream.index)
         except (StorageError, sqlite3.Error) as error:
@@ -77,6 +79,7 @@ def _check_objects(stream: Stream, draft: Commit) -> None:
         "outcomes": draft.outcomes,
         "manifest": draft.manifest,
         "report": draft.report,
+        "erased": draft.erased if isinstance(draft, ErasureCommit) else None,
         **{f"pairs[{i}]": digest for i, digest in enumerate(draft.pairs)},
         **{f"file {use.name}": use.digest for use in draft.files},
     }
@@ -156,7 +159,8 @@ def _check_occurrences(stream: Stream, draft: Commit, changes: Changes) -> None:
 def _find_moved(stream: Stream, draft: Commit, move: Move) -> EditRow:
     """The row of an older occurrence that is to change its status, or its pair."""
     name = f"{move.id}@{move.seq}"
-    rows = [row for row in stream.index.find_occurrences(move.id) if row.seq == move.seq and row.status not in ASIDE]
+    rows = [row for row in stream.index.find_occurrences(move.id) if row.seq == move.seq]
+    rows = [row for row in rows if row.status not in ASIDE] or (rows if move.status == "erased" else [])
     if not rows:
         raise StorageError(f"{draft.name}: expected an occurrence {name}, found none")
     row, allowed = rows[0], _FROM.get(move.status, ())

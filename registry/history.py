@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from errata.errors import FormatError, ObjectCorruptError
-from registry.events import AcceptedCommit, BatchRow, Commit, CompactionCommit, FileUse, Outcome, read_rows
+from errata.errors import FormatError, KeyMissingError, ObjectCorruptError
+from registry.events import AcceptedCommit, BatchRow, Commit, CompactionCommit, ErasureCommit, FileUse, Outcome, read_rows
 from registry.fold import EditRow, Head, advance_head, derive_changes, split_occurrence
 from registry.index import Index
 from registry.log import CommitLog
@@ -40,6 +40,13 @@ class History:
     def key(self, name: str) -> str:
         """The storage key of something of this stream."""
         return f"streams/{self.name}/{name}"
+
+    def follow(self, digest: str) -> str:
+        """What is read for a digest that a commit names: its own, but where it was erased and something stands in for it."""
+        try:
+            return self.objects.locate(digest)
+        except KeyMissingError:
+            return digest
 
     def walk(self) -> Iterator[tuple[Commit, Head]]:
         """Every commit with the head after it, oldest first. Ends at the newest one, or silently where the log is broken: `find_break`
@@ -129,6 +136,7 @@ def list_named(commit: Commit) -> list[tuple[str, str]]:
     if isinstance(commit, CompactionCommit):
         named.append(("live list", commit.live))
     named += [("report", commit.report), *(("file", use.digest) for use in uses)]
+    named += [("erased", commit.erased)] if isinstance(commit, ErasureCommit) else []
     return [(what, digest) for what, digest in named if digest]
 
 

@@ -123,7 +123,8 @@ class Index:
             if (current.digest if current else "") != parent:
                 return
             for move in changes.moved:
-                for row in self._all(f"{_SELECT} WHERE id = ? AND seq = ? AND status NOT IN {ASIDE}", move.id, move.seq):
+                meant = "" if move.status == "erased" else f" AND status NOT IN {ASIDE}"
+                for row in self._all(f"{_SELECT} WHERE id = ? AND seq = ?{meant}", move.id, move.seq):
                     self._store(move_row(row, move), head.seq, before=row)
             for added in changes.added:
                 for row in self._all(f"{_SELECT} WHERE id = ? AND status IN {HELD}", added.id):
@@ -201,6 +202,7 @@ class Index:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             # Prefect runs tasks in threads; each opens its own stream, but may close it in another.
             self._db = sqlite3.connect(self._path or ":memory:", timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA secure_delete = ON")  # what is erased must not linger in free pages
             self._prepare()
         except (OSError, sqlite3.OperationalError) as error:
             raise StorageError(f"index {self._path}: expected to open it: {error}") from error

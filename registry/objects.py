@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from errata.edits import canonical_json, digest_of
-from errata.errors import KeyExistsError, ObjectCorruptError, StorageError
+from errata.errors import ErasedError, KeyExistsError, KeyMissingError, ObjectCorruptError, StorageError
+from registry.erased import ErasureMap
 from registry.storage.base import Storage
 
 _PARSED = 500
@@ -23,14 +24,21 @@ class ObjectStore:
     def __init__(self, storage: Storage, prefix: str) -> None:
         self._storage = storage
         self._prefix = prefix.rstrip("/")
+        self._erased = ErasureMap(storage, self._prefix.removesuffix("objects"))
 
     def get(self, digest: str) -> bytes:
         """
         Raises:
+            ErasedError: there is none any more, on purpose. Where it held other edits, too, what stands in for it is read instead.
             KeyMissingError: there is no such object.
             ObjectCorruptError: its bytes are not those that were stored.
         """
-        data = self._storage.read(self._key(digest))
+        try:
+            data = self._storage.read(self._key(digest))
+        except KeyMissingError:
+            if (by := self._erased.follow(digest)) is None:
+                raise
+            return self.get(by)
         if (found := digest_of(data)) != digest:
             raise ObjectCorruptError(
                 f"{self._storage.url}/{self._key(digest)}: expected bytes with this sha256, found {len(data)} bytes with {found}"
@@ -42,7 +50,7 @@ class ObjectStore:
         already is read and, if damaged, replaced."""
         digest = digest_of(data)
         key = self._key(digest)
-        if not self._storage.exists(key):
+        if not self._storage.exists(key):  # an erased one that comes again is stored again
             try:
                 self._storage.create(key, data)
                 return digest
@@ -54,7 +62,26 @@ class ObjectStore:
         return digest
 
     def exists(self, digest: str) -> bool:
-        return self._storage.exists(self._key(digest))
+        """Whether it, or what stands in for it, can be read."""
+        if self._storage.exists(self._key(digest)):
+            return True
+        try:
+            by = self._erased.follow(digest)
+        except ErasedError:
+            return False
+        return by is not None and self.exists(by)
+
+    def locate(self, digest: str) -> str:
+        """The digest of what is read for `digest`: its own, but where it was erased.
+
+        Raises:
+            ErasedError, KeyMissingError: as `get`.
+        """
+        if self._storage.exists(self._key(digest)):
+            return digest
+        if (by := self._erased.follow(digest)) is None:
+            raise KeyMissingError(f"{self._storage.url}/{self._key(digest)}: expected an object, found none")
+        return self.locate(by)
 
     def get_json(self, digest: str) -> Any:
         return self._parse(digest, self.get(digest))

@@ -15,10 +15,12 @@ from errata.manifests import PairRef, read_refs, sort_refs
 from errata.replay import Entry, Remade, Replay, Step
 from errata.settings import Settings, load_settings
 from registry.commit import commit as make_commit
+from registry.erased import Erasure, finish_erasures, read_erasures
 from registry.events import (
     Commit,
     CompactionCommit,
     EditsCommit,
+    ErasureCommit,
     InitCommit,
     MergeCommit,
     Outcome,
@@ -40,6 +42,7 @@ _MEANING = {
     "batch": "the text of these edits is nowhere else, but for the raw file that they came in",
     "report": "what was measured of this commit is nowhere else; no edit is affected",
     "live list": "which pairs it summed, and the outcomes that would say so are lost, too",
+    "erased": "what an erasure deleted, and what stands in for it, is nowhere else",
     "file": "the lines as they were sent are nowhere else; the edits are in the batch",
 }
 """What a loss means."""
@@ -57,6 +60,12 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
     settings, begun = load_settings(stream=stream), time.perf_counter()
     history = open_history(settings.root, settings.stream)
     findings: list[Finding] = []
+    if not check:
+        finish_erasures(history.storage, history.key(""))
+    for erasure in read_erasures(history.storage, history.key("")):
+        if not erasure.done and is_committed(history, erasure):
+            detail = "an erasure is committed and not carried out: any command that opens the stream goes on with it"
+            findings.append(Finding(commit=erasure.record.seq, what="erasure", state="mendable", detail=detail, edits=erasure.record.ids))
     head, goal = _read_ends(history, to, findings)
     if head is None:
         return RebuildReport(
@@ -175,6 +184,15 @@ def spell_live(refs: Sequence[PairRef]) -> bytes:
     return spell_changes(sort_refs(refs), [])
 
 
+def is_committed(history: History, erasure: Erasure) -> bool:
+    """Whether an erasure that was announced is part of the log."""
+    try:
+        commit = history.log.read(erasure.record.seq)
+    except _LOST:
+        return False
+    return isinstance(commit, ErasureCommit) and commit.erased == erasure.digest
+
+
 def _remember_steps(history: History) -> Callable[[int], Step | None]:
     return lambda seq: derive_step(history, history.log.read(seq))
 
@@ -201,6 +219,8 @@ def _build_entry(commit: Commit, parent: int) -> Entry:
             return Entry(commit.seq, parent, manifest, restates=target)
         case RebuildCommit(of=of):
             return Entry(commit.seq, parent, manifest, restates=of, rebuilt=True)
+        case ErasureCommit():
+            return Entry(commit.seq, parent, manifest, restates=parent)
         case InitCommit() | EditsCommit() | WithdrawalCommit() | MergeCommit() | CompactionCommit():
             return Entry(commit.seq, parent, manifest)
     raise AssertionError(f"{commit.name} is no accepted commit")
@@ -211,6 +231,10 @@ def _check_primary(history: History, commit: Commit, reported: set[str], *, mend
     compaction name the report of the commit whose state they take over. A live list follows from the outcomes and is made again."""
     for what, digest in list_named(commit):
         fault = find_fault(history.objects, digest)
+        if fault is None and digest not in reported and history.follow(digest) != digest:
+            reported.add(digest)
+            detail = "the same without edits that were erased stands in for it"
+            yield Finding(commit=commit.seq, what=what, state="erased", detail=detail, digest=digest)
         if fault is not None and digest not in reported:
             reported.add(digest)
             if what == "live list" and isinstance(commit, CompactionCommit) and (listed := read_live(history, commit)) is not None:

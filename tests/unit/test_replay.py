@@ -20,6 +20,7 @@ from errata.manifests import Manifest, PairRef
 from errata.modeling.layout import LAYOUTS
 from errata.profiles import PrepareOptions, Profile, SolveOptions
 from errata.replay import Entry, Remade, Replay, Step, list_named, measure_gap
+from registry.erased import ErasureRecord, Gone, announce
 from registry.objects import ObjectStore
 from registry.storage.memory import MemoryStorage
 
@@ -387,3 +388,31 @@ def test_a_compaction_of_other_edits_parts(compacted: Book) -> None:
     assert summarise(book.replay()[0]) == [(4, "live list", "differs")]
     book.compact(refs[1:])
     assert (5, "live list", "differs") in summarise(book.replay(solve=False)[0]), "a missing pair is seen without solving"
+
+
+@pytest.mark.parametrize("others", [2, 2 * FEW])
+def test_after_an_erasure_the_recipe_holds_and_so_do_the_weights_without_the_edit(others: int) -> None:
+    """The state is the pairs themselves, or their sums."""
+    book = Book(make_editor(), every=2)
+    book.add(others)
+    refs = book.add(3)
+    book.add(1)
+    book.withdraw(refs[1:2])
+    book.add(1)
+    gone = {book.name(seq, "artifact"): None for seq in (2, 3)} | {book.name(2, "snapshot"): None}
+    before = Pairs.from_bytes(book.objects.get(refs[0].pairs))
+    erased = before.erase([1])
+    assert Pairs.from_bytes(erased.to_bytes()).digest_rows() == before.digest_rows() and not erased.residuals[1].any()
+    assert torch.equal(erased.take([0, 2]).residuals, before.take([0, 2]).residuals)
+    gone[refs[0].pairs] = book.objects.put(erased.to_bytes())
+    objects = tuple(Gone(digest=digest, by=by, what="test") for digest, by in gone.items())
+    record = ErasureRecord(seq=6, ids=("2.1",), commits=(2, 3), reports=(), objects=objects, keys=())
+    announce(book.storage, "", 6, book.objects.put(record.model_dump_json().encode()))
+    for digest in gone:
+        book.damage(digest, how="missing")
+
+    replay, _ = book.replay(mend=True)
+    assert summarise(replay) == [(2, "artifact", "erased"), (2, "snapshot", "erased"), (3, "artifact", "erased")]
+    assert replay.recipe == book.manifest(5).recipe and (replay.unverified, replay.parted) == ([], False)
+    assert sum(replay.compared.values()) == 4 and replay.worst <= 2e-7
+    assert not any(book.objects.exists(digest) for digest, by in gone.items() if by is None), "a rebuild must not make it again"
