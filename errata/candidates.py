@@ -9,12 +9,14 @@ from pydantic import BaseModel, ConfigDict
 
 from errata.editors.artifacts import WeightDelta, load_artifact
 from errata.editors.base import Blobs, Editor, Pairs, Progress, State, list_units
-from errata.edits import Edit, canonical_json
-from errata.manifests import Change, Layer, Manifest, PairRef, StateRef, extend_recipe, group_changes, start_recipe
+from errata.edits import Edit, canonical_json, digest_of
+from errata.manifests import Change, Layer, Manifest, PairRef, StateRef, extend_recipe, group_changes, read_refs, sort_refs, start_recipe
 from errata.modeling.loading import Base
 
 _CHUNK = 50
 """Edits prepared between two writes: what an interrupted run has to do again."""
+_BLOCK = 500
+"""Pairs in memory at once where a state is summed from nothing. Sums of other blocks differ in their last bits."""
 
 
 class StoredPair(BaseModel):
@@ -146,9 +148,10 @@ def build_candidate(
     layer = head.layers[0]
     merged = merge_refs(blobs, editor, load_state(blobs, editor, layer.state), head.recipe, add, remove)
     artifact = editor.solve(merged.state)
-    stored = extend_state(layer.state, blobs.put(merged.changes))
+    blobs.put(merged.changes)
+    stored = extend_state(layer.state, merged.changes)
     if len(stored.pairs_since) >= snapshot_every:
-        stored = StateRef(snapshot=blobs.put(merged.state.to_bytes()))
+        stored = take_snapshot(stored, blobs.put(merged.state.to_bytes()))
     built = layer.model_copy(update={"artifact": blobs.put(artifact.to_bytes()) if artifact else None, "state": stored})
     manifest = head.model_copy(update={"layers": (built,), "recipe": merged.recipe})
     return Candidate(manifest, _measure_fits(editor, merged.state, merged.added))
@@ -183,9 +186,48 @@ def spell_changes(add: Sequence[PairRef], remove: Sequence[PairRef]) -> bytes:
     return canonical_json([change.model_dump() for change in group_changes("remove", remove) + group_changes("add", add)])
 
 
-def extend_state(ref: StateRef, changes: str) -> StateRef:
+def extend_state(ref: StateRef, changes: bytes) -> StateRef:
     """A stored state after one more change list."""
-    return StateRef(snapshot=ref.snapshot, pairs_since=(*ref.pairs_since, changes))
+    since = (*ref.pairs_since, digest_of(changes))
+    return StateRef(snapshot=ref.snapshot, pairs_since=since, operations=ref.operations + len(read_refs(changes)))
+
+
+def take_snapshot(ref: StateRef, snapshot: str) -> StateRef:
+    """The same state in one piece."""
+    return StateRef(snapshot=snapshot, operations=ref.operations)
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A state that was summed from nothing, and a recipe that begins there."""
+
+    state: Any
+    recipe: str
+
+
+def restart_state(blobs: Blobs, editor: Editor[Any], base: str, profile: str, refs: Sequence[PairRef]) -> Restart:
+    """Sum pairs from nothing, in blocks and in one fixed order, whatever order they come in: equal sets give equal bytes on one machine.
+    The recipe adds them in the order of their row digests, hence does not know in which objects they lie.
+
+    Raises:
+        StorageError: a pairs object cannot be read.
+        BaseMismatchError: the pairs are not of this base and profile.
+    """
+    ordered, state = sort_refs(refs), editor.empty_state()
+    digests: list[str] = []
+    for start in range(0, len(ordered), _BLOCK):
+        block = read_pairs(blobs, ordered[start : start + _BLOCK])
+        assert block is not None, "a block has rows"
+        digests += block.digest_rows()
+        state = editor.merge(state, block, None)
+    return Restart(state, extend_recipe(start_manifest(editor, base, profile).recipe, "add", sorted(digests)))
+
+
+def restart_manifest(editor: Editor[Any], base: str, profile: str, recipe: str, artifact: bytes | None, snapshot: bytes | None) -> Manifest:
+    """The manifest of a restarted state: its artifact, and the state itself unless it is empty."""
+    state = StateRef(snapshot=digest_of(snapshot) if snapshot else None)
+    layer = Layer(editor=editor.name, editor_version=editor.version, artifact=digest_of(artifact) if artifact else None, state=state)
+    return Manifest(base=base, profile=profile, layers=(layer,), recipe=recipe)
 
 
 def load_state(blobs: Blobs, editor: Editor[Any], ref: StateRef) -> Any:

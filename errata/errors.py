@@ -12,6 +12,7 @@
     ├── EditorError                 the algebra cannot go on (singular matrix, non-finite values)
     ├── StorageError
     │   ├── KeyMissingError
+    │   │   └── ErasedError         what was there was erased on purpose
     │   ├── KeyExistsError          create-if-absent found something there
     │   ├── ObjectCorruptError      bytes do not match their digest
     │   ├── UnsafeStorageError      the store ignores create-if-absent
@@ -81,6 +82,10 @@ class StorageError(ErrataError):
 
 
 class KeyMissingError(StorageError):
+    pass
+
+
+class ErasedError(KeyMissingError):
     pass
 
 

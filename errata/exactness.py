@@ -1,6 +1,7 @@
 """Whether weights that edits were subtracted from are those that the remaining edits alone would give (algorithms.md §T 4)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from errata.editors.base import Blobs, Editor
 from errata.manifests import Manifest, PairRef
 from errata.report import Exactness
 
+RELATIVE = 1e-8
+"""Most that weights of two machines may differ by, in float64, as ‖ours − theirs‖ / ‖theirs‖."""
 _BLOCK = 500
 """Pairs read and added at a time."""
 
@@ -32,6 +35,18 @@ def measure_exactness(blobs: Blobs, editor: Editor[Any], manifest: Manifest, liv
     if found.keys() != wanted.keys():
         return Exactness(relative=1.0, identical=identical)
     return Exactness(relative=max((_compare(found[name], wanted[name]) for name in wanted), default=0.0), identical=identical)
+
+
+def measure_gap(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
+    """Largest ‖ours − theirs‖ / ‖theirs‖ over the weights, in float64; infinite where they are of other weights or shapes."""
+    if {name: delta.shape for name, delta in ours.items()} != {name: delta.shape for name, delta in theirs.items()}:
+        return math.inf
+    gaps = []
+    for name, delta in theirs.items():
+        wanted = delta.double()
+        gap, scale = float((ours[name].double() - wanted).norm()), float(wanted.norm())
+        gaps.append(gap / scale if scale else gap and math.inf)
+    return max((gap if math.isfinite(gap) else math.inf for gap in gaps), default=0.0)
 
 
 def _compare(found: torch.Tensor, wanted: torch.Tensor) -> float:

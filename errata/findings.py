@@ -6,18 +6,19 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from errata.editors.base import Blobs
-from errata.errors import KeyMissingError, ObjectCorruptError
+from errata.errors import ErasedError, KeyMissingError, ObjectCorruptError
 
-FindingState = Literal["mended", "mendable", "replaced", "unequal", "differs", "lost"]
+FindingState = Literal["mended", "mendable", "replaced", "unequal", "differs", "lost", "erased"]
 """`mended`: was missing or damaged and is stored again, bit for bit; `mendable`: would be; `unequal`: its bytes come out otherwise on this
 machine; `replaced`: so they did, and a rebuild commit points to a new one; `differs`: it is intact and not what the log gives; `lost`:
-nothing makes it again."""
+nothing makes it again; `erased`: it held an edit that was erased, and is gone on purpose or in a form without it."""
 
 _SAID: Mapping[FindingState, str] = {
     "mended": "made again from the stored pairs, bit for bit",
     "mendable": "`errata rebuild` makes it again from the stored pairs, bit for bit",
     "unequal": "from the stored pairs it comes out with other bytes here: another machine, other libraries, or another number of threads",
     "lost": "what it was made from is lost, too: nothing makes it again",
+    "erased": "it carried an edit that was erased: gone for good, and on purpose",
     "replaced": "from the stored pairs it came out with other bytes; a rebuild commit points to them",
 }
 
@@ -31,7 +32,8 @@ class Finding(_Record):
 
     commit: int
     what: str
-    """`artifact`, `snapshot`, `manifest`, `change list`, `recipe`, `pairs`, `outcomes`, `batch`, `report`, `file` or `commit`."""
+    """`artifact`, `snapshot`, `manifest`, `change list`, `live list`, `recipe`, `pairs`, `outcomes`, `batch`, `report`, `file` or
+    `commit`."""
     state: FindingState
     detail: str
     digest: str | None = None
@@ -63,17 +65,19 @@ class RebuildReport(_Record):
     @property
     def sound(self) -> bool:
         """Everything is as the log says, now."""
-        return not self.unverified and all(finding.state in ("mended", "replaced") for finding in self.findings)
+        return not self.unverified and all(finding.state in ("mended", "replaced", "erased") for finding in self.findings)
 
 
 def find_fault(blobs: Blobs, digest: str) -> str | None:
-    """What is wrong with a stored object: `missing`, `damaged`, or nothing.
+    """What is wrong with a stored object: `missing`, `erased`, `damaged`, or nothing.
 
     Raises:
         StorageError: the storage fails, which says nothing about the object.
     """
     try:
         blobs.get(digest)
+    except ErasedError:
+        return "erased"
     except KeyMissingError:
         return "missing"
     except ObjectCorruptError:

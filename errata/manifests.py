@@ -1,10 +1,11 @@
 """What a version of a model consists of: base, profile, layers of edits, and the recipe they were made by (design §4)."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from errata.edits import canonical_json, digest_of
 from errata.errors import FormatError
@@ -34,6 +35,14 @@ class StateRef(_Record):
 
     snapshot: str | None = None
     pairs_since: tuple[str, ...] = ()
+    operations: int = 0
+    """Pairs added or removed since it was last summed from nothing: how many roundings its sums may carry."""
+
+    @model_serializer(mode="wrap")
+    def _omit_none(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Manifests from before operations were counted keep their bytes."""
+        content: dict[str, Any] = spell(self)
+        return content if self.operations else {name: value for name, value in content.items() if name != "operations"}
 
 
 class Layer(_Record):
@@ -98,3 +107,14 @@ def group_changes(op: Literal["add", "remove"], refs: Sequence[PairRef]) -> list
         else:
             changes.append(Change(op=op, pairs=ref.pairs, rows=(ref.row,)))
     return changes
+
+
+def sort_refs(refs: Iterable[PairRef]) -> list[PairRef]:
+    """The distinct pairs among `refs`, by object and row: the order in which each object is read once. Edits may share a pair."""
+    return sorted(set(refs), key=lambda ref: (ref.pairs, ref.row))
+
+
+def read_refs(changes: bytes) -> list[PairRef]:
+    """The pairs that a stored change list names, in order, whatever it does with them."""
+    parsed = [Change.model_validate(item) for item in json.loads(changes)]
+    return [PairRef(pairs=change.pairs, row=row) for change in parsed for row in change.rows]

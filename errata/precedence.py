@@ -166,8 +166,8 @@ class Judge:
         # An accepted occurrence settles what was held of its id (`registry.fold.settles`): so does one proposed in this batch.
         passed = ("superseded", "stale", "reverted", "quarantined", "rejected") if proposed else ("superseded", "stale", "reverted")
         rows = [row for row in reversed(self.lookup.find_occurrences(edit.edit_id)) if row.status not in passed]
-        accepted = next((row for row in rows if row.status in ("live", "replaced", "withdrawn")), None)
-        if accepted and accepted.status == "withdrawn" and not proposed:
+        accepted = next((row for row in rows if row.status in ("live", "replaced", "withdrawn", "erased")), None)
+        if accepted and accepted.status in ("withdrawn", "erased") and not proposed:
             since = _read_time(accepted.withdrawn_at)
             return None if since and edit.submitted_at and edit.submitted_at > since else _withheld(accepted)
         same = next((row for row in rows if row.content == edit.content_id), None)

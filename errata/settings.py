@@ -29,6 +29,8 @@ class ApplySettings(_Section):
     """Most edits in one batch, hence in one commit."""
     snapshot_every: int = Field(default=10, ge=1)
     """Commits between two snapshots of the editor's state; in between, the pairs since the last one are replayed."""
+    refresh_every: int = Field(default=5_000, ge=1)
+    """Pairs added or removed until the sums are built anew from all live pairs, so that rounding does not pile up: see `errata compact`."""
 
 
 class GateSettings(_Section):

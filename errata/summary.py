@@ -1,4 +1,6 @@
-"""What became of a batch, a withdrawal or a rollback, as people and callers of the flows see it."""
+"""What became of a batch, a withdrawal, a rollback or a compaction, as people and callers of the flows see it."""
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -70,3 +72,47 @@ class RollbackSummary(BaseModel):
     back: tuple[str, ...]
     """Occurrences that are live again."""
     live: int
+
+
+class CompactionSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str
+    commit: int | None
+    """None for a dry run, and where there is nothing to commit."""
+    decision: Literal["accept", "refuse", "nothing to do"]
+    live: int
+    """Edits in the sums."""
+    pairs: int
+    """Their distinct pairs, which were added up."""
+    operations: int
+    """Pairs added or removed since the sums were last built from nothing."""
+    gap: float | None
+    """Relative difference of the weights before and after, in float64; None where they were not compared."""
+    reasons: tuple[str, ...]
+    seconds: float
+
+    @property
+    def accepted(self) -> bool:
+        return self.decision != "refuse"
+
+
+class ErasureSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str
+    commit: int
+    erased: tuple[str, ...]
+    """Occurrences that have become tombstones."""
+    deleted: int
+    """Objects that are gone."""
+    replaced: int
+    """Objects that are gone and have a stand-in without the edits."""
+    commits: tuple[int, ...]
+    """Accepted commits whose weights are gone, because an edit was live in them."""
+    gap: float
+    """Largest relative difference between the served weights and those before, in float64."""
+    finished: bool
+    """Everything is deleted; else the storage failed, and any command that opens the stream goes on with it."""
+    remains: tuple[str, ...]
+    """Keys of the stream that still quote a subject or a prompt of theirs: other edits of the same subject, remarks in commits."""

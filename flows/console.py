@@ -13,7 +13,7 @@ from rich.markup import escape
 from errata.edits import Refusal, Submission
 from errata.errors import ErrataError, InputError
 from errata.settings import load_settings
-from flows import console_merge, console_replay, console_undo, lookup, views
+from flows import console_erase, console_longrun, console_merge, console_replay, console_undo, lookup, views
 from flows.commandline import (
     EPILOG,
     REFUSED,
@@ -312,9 +312,11 @@ def repair(stream: StreamName = None) -> None:
     """Make MLflow show what the log says, and tidy the inbox. Safe to repeat."""
     settings, opened = open_here(stream)
     ready_prefect(settings)
+    from tasks.erasing import hide_versions
     from tasks.projecting import show_log
 
     version, made = show_log(settings, opened, everything=True)
+    hide_versions(settings, opened)
     shown = f"version {version} (commit {opened.head.champion})" if version else "nothing yet: no batch has been accepted"
     out.print(f"{made} versions made; [bold]{opened.name}@champion[/] is {shown}; {lookup.count_pending(opened)} records wait")
 
@@ -345,3 +347,5 @@ def demo() -> None:
 console_undo.add_commands(app)
 console_merge.add_commands(app)
 console_replay.add_commands(app)
+console_longrun.add_commands(app)
+console_erase.add_commands(app)

@@ -9,6 +9,7 @@ from errata.errors import ConflictError
 from errata.rounds import Round
 from errata.summary import BatchSummary
 from tasks.committing import commit_batch
+from tasks.compacting import refresh_sums
 from tasks.editing import merge_pairs, prepare_pairs
 from tasks.evaluating import judge_candidate
 from tasks.intake import order_batch
@@ -56,6 +57,8 @@ def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bo
         if dry_run:
             break
         project_versions(stream)
+        if (fault := refresh_sums(stream)) is not None:
+            get_run_logger().warning("the sums were not built anew, the next batch tries again: %s", fault)
     if not dry_run:
         # Also where nothing was committed: an earlier run may have stopped between a commit and its version.
         project_versions(stream)

@@ -1,10 +1,18 @@
-"""`rebuild`: the stored pairs of a stream become its weights once more; what is damaged is mended, or named."""
+"""`rebuild`: the stored pairs of a stream become its weights once more; what is damaged is mended, or named. `compact`: the sums begin
+anew."""
 
 from prefect import flow
+from prefect.logging import get_run_logger
 
+from errata.errors import ConflictError
 from errata.findings import RebuildReport
+from errata.summary import CompactionSummary
+from tasks.compacting import compact_sums
 from tasks.projecting import project_versions
 from tasks.replaying import replay_log
+
+MAX_CONFLICTS = 5
+"""How often in a row the work is started again because another writer committed first."""
 
 
 @flow(name="rebuild")
@@ -22,3 +30,26 @@ def rebuild(stream: str = "main", to: int | None = None, check: bool = False) ->
     if report.commit is not None:
         project_versions(stream)
     return report
+
+
+@flow(name="compact")
+def compact(stream: str = "main", dry_run: bool = False) -> CompactionSummary:
+    """Build a stream's sums anew from the pairs of its live edits; its own commit and version.
+
+    Args:
+        dry_run: sum, solve and compare, and commit nothing.
+
+    Returns:
+        What became of it. That the weights come out otherwise is a result; storage that fails is raised.
+    """
+    for conflicts in range(MAX_CONFLICTS + 1):
+        try:
+            summary = compact_sums(stream, dry_run)
+            break
+        except ConflictError as conflict:
+            if conflicts == MAX_CONFLICTS:
+                raise
+            get_run_logger().warning("%s; the sums are built once more", conflict)
+    if not dry_run:
+        project_versions(stream)
+    return summary

@@ -10,7 +10,7 @@ from rich.table import Table
 Facts = Mapping[str, Any]
 
 _STYLES = {"live": "green", "quarantined": "yellow", "rejected": "red", "refused": "red", "accept": "green", "reject": "red"}
-_STYLES |= dict.fromkeys(("withdrawn", "reverted"), "magenta")
+_STYLES |= dict.fromkeys(("withdrawn", "reverted", "erased"), "magenta")
 
 
 def show_share(value: float | None) -> str:
@@ -59,7 +59,11 @@ def build_status(facts: Facts) -> RenderableType:
             ("live", str(facts["live"])),
             ("pending", f"{facts['pending']}" + (f" in {len(facts['waiting_files'])} files" if facts["waiting_files"] else "")),
             ("quarantined", f"{facts['quarantined']} quarantined, {facts['rejected']} rejected"),
-            ("taken back", f"{facts['records'].get('withdrawn', 0)} withdrawn, {facts['records'].get('reverted', 0)} rolled back"),
+            (
+                "taken back",
+                f"{facts['records'].get('withdrawn', 0)} withdrawn, {facts['records'].get('reverted', 0)} rolled back"
+                + (f", {gone} erased" if (gone := facts["records"].get("erased", 0)) else ""),
+            ),
             ("last commit", f"{last['commit']} ({last['kind']}, {escape(last['time'][:19])}): {show_seconds(last['seconds'])}"),
         ]
     )
@@ -273,7 +277,15 @@ def show_size(size: float) -> str:
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
-_FOUND = {"mended": "green", "replaced": "green", "mendable": "yellow", "unequal": "red", "differs": "red", "lost": "red"}
+_FOUND = {
+    "mended": "green",
+    "replaced": "green",
+    "mendable": "yellow",
+    "unequal": "red",
+    "differs": "red",
+    "lost": "red",
+    "erased": "magenta",
+}
 _COMPARED = {"bits": "equal to the bit", "float64": "equal to 1e-8 in float64", "float32": "equal within float32 rounding"}
 
 

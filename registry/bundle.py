@@ -23,7 +23,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from errata.edits import canonical_json
-from errata.errors import InputError, KeyMissingError, ObjectCorruptError, StorageError
+from errata.errors import ErasedError, InputError, KeyMissingError, ObjectCorruptError, StorageError
 from registry.events import InitCommit
 from registry.fold import Head
 from registry.history import History, list_layers, list_named
@@ -68,6 +68,8 @@ class Contents(_Record):
 
     objects: tuple[str, ...]
     omitted: tuple[Omission, ...] = ()
+    replaced: tuple[str, ...] = ()
+    """Objects that commits name and that were erased; others stand in for them."""
 
 
 class Bundled(NamedTuple):
@@ -98,7 +100,7 @@ def write_bundle(history: History, target: Path, *, everything: bool = False, on
     """
     if target.exists():
         raise InputError(f"bundle: expected a new file, found {target}")
-    title, named, shared = _survey(history)
+    title, named, shared, replaced = _survey(history)
     for digest in _list_objects(history) if everything else ():
         named.setdefault(digest, _Named(title.seq, "object"))
     objects: list[str] = []
@@ -114,18 +116,21 @@ def write_bundle(history: History, target: Path, *, everything: bool = False, on
             except (KeyMissingError, ObjectCorruptError) as error:
                 if place.what in NEEDED:
                     raise
-                fault = "missing" if isinstance(error, KeyMissingError) else "damaged"
+                absent = "erased" if isinstance(error, ErasedError) else "missing"
+                fault = absent if isinstance(error, KeyMissingError) else "damaged"
                 omitted.append(Omission(commit=place.commit, what=place.what, digest=digest, fault=fault))
             if on_progress:
                 on_progress(done + 1, len(named))
-        _add(tar, "contents.json", canonical_json(Contents(objects=tuple(objects), omitted=tuple(omitted))))
+        _add(tar, "contents.json", canonical_json(Contents(objects=tuple(objects), omitted=tuple(omitted), replaced=replaced)))
         for seq in range(title.seq + 1):
             _add(tar, f"commits/{seq:08d}.json", history.log.read_bytes(seq))
     return Bundled(history.name, title.seq + 1, len(objects), tuple(omitted))
 
 
-def _survey(history: History) -> tuple[Title, dict[str, _Named], set[tuple[str, str]]]:
-    """What a stream consists of: its title, object → who names it, and the profiles it has been under, as (base, profile)."""
+def _survey(history: History) -> tuple[Title, dict[str, _Named], set[tuple[str, str]], tuple[str, ...]]:
+    """What a stream consists of: its title, object → who names it, the profiles it has been under, as (base, profile), and the objects
+    that are named and for which others stand in."""
+    replaced: set[str] = set()
     named: dict[str, _Named] = {}
     shared: set[tuple[str, str]] = set()
     head: Head | None = None
@@ -133,7 +138,9 @@ def _survey(history: History) -> tuple[Title, dict[str, _Named], set[tuple[str, 
     for commit, position in history.walk():
         head = position
         for what, digest in list_named(commit):
-            named.setdefault(digest, _Named(commit.seq, what))
+            if (found := history.follow(digest)) != digest:
+                replaced.add(digest)
+            named.setdefault(found, _Named(commit.seq, what))
         if isinstance(commit, InitCommit):
             versions = commit.versions
             shared.add((str(commit.base["digest"]), commit.profile))
@@ -145,11 +152,11 @@ def _survey(history: History) -> tuple[Title, dict[str, _Named], set[tuple[str, 
                 continue
             shared.add((manifest["base"], manifest["profile"]))
             for what, digest in list_layers(manifest):
-                named.setdefault(digest, _Named(commit.seq, what))
+                named.setdefault(history.follow(digest), _Named(commit.seq, what))
     broken = history.find_break(head)
     if head is None or broken is not None:
         raise ObjectCorruptError(f"bundle: expected a whole log, found it broken: {broken.reason if broken else 'no first commit'}")
-    return Title(stream=history.name, seq=head.seq, head=head.digest, versions=versions), named, shared
+    return Title(stream=history.name, seq=head.seq, head=head.digest, versions=versions), named, shared, tuple(sorted(replaced))
 
 
 def _list_objects(history: History) -> Iterator[str]:

@@ -72,6 +72,8 @@ class Checkpoints:
     def write(self, index: Index) -> Checkpoint:
         """Write the index's tables as they stand."""
         before = Checkpoint.model_validate_json(index.checkpoint) if index.checkpoint else None
+        if before and not all(self._objects.exists(segment.digest) for segment in before.segments):
+            before = None  # erased: segments name digests of texts
         head, counts, rows = index.dump(since=before.seq if before else -1)
         segments = list(before.segments) if before else []
         changed = [row for _, row in sorted(map(_keyed, rows), key=itemgetter(0))]
@@ -93,11 +95,11 @@ class Checkpoints:
                 checkpoint = Checkpoint.model_validate(read_formatted(self._storage.read(key), key))
                 if digest_of(log.read_bytes(checkpoint.seq)) != checkpoint.commit:
                     raise StorageError(f"{key}: expected commit {checkpoint.commit} at {checkpoint.seq}, found another")
-                rows = [_parse(row) for segment in checkpoint.segments for row in self._objects.get_rows(segment.digest)]
+                rows = (_parse(row) for segment in checkpoint.segments for row in self._objects.iterate_rows(segment.digest))
+                index.load(checkpoint.head, checkpoint.counts, rows)
             except (StorageError, ValidationError) as error:
                 _log.warning("checkpoint passed over: %s", error)
                 continue
-            index.load(checkpoint.head, checkpoint.counts, rows)
             index.checkpoint = checkpoint.model_dump_json()
             return checkpoint
         return None

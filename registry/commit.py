@@ -10,7 +10,18 @@ import logging
 import sqlite3
 
 from errata.errors import ConflictError, KeyMissingError, StorageError
-from registry.events import AcceptedCommit, Commit, InitCommit, RebuildCommit, RejectionCommit, RollbackCommit, Status, write_commit
+from registry.events import (
+    AcceptedCommit,
+    Commit,
+    CompactionCommit,
+    ErasureCommit,
+    InitCommit,
+    RebuildCommit,
+    RejectionCommit,
+    RollbackCommit,
+    Status,
+    write_commit,
+)
 from registry.fold import ASIDE, HELD, Changes, EditRow, Head, Move, derive_changes
 from registry.stream import Stream
 
@@ -53,7 +64,8 @@ def commit(stream: Stream, draft: Commit, parent: Head) -> Commit:
     # If the head has moved on, the log tells our own commit, which a lost answer made us repeat, from somebody else's.
     stream.log.append(draft)
     stream.refresh()
-    if draft.seq % CHECKPOINT_EVERY == 0:
+    # The segments that an erasure's checkpoint would build on are about to be deleted.
+    if draft.seq % CHECKPOINT_EVERY == 0 and not isinstance(draft, ErasureCommit):
         try:
             stream.checkpoints.write(stream.index)
         except (StorageError, sqlite3.Error) as error:
@@ -62,14 +74,17 @@ def commit(stream: Stream, draft: Commit, parent: Head) -> Commit:
 
 
 def _check_objects(stream: Stream, draft: Commit) -> None:
-    named = {
+    named: dict[str, str | None] = {
         "batch": draft.batch,
         "outcomes": draft.outcomes,
         "manifest": draft.manifest,
         "report": draft.report,
+        "erased": draft.erased if isinstance(draft, ErasureCommit) else None,
         **{f"pairs[{i}]": digest for i, digest in enumerate(draft.pairs)},
         **{f"file {use.name}": use.digest for use in draft.files},
     }
+    if isinstance(draft, CompactionCommit):
+        named["live list"] = draft.live
     for name, digest in named.items():
         if digest is not None and not stream.objects.exists(digest):
             raise KeyMissingError(f"{draft.name}: expected {name} as object {digest}, found none")
@@ -81,8 +96,10 @@ def _check_changes(stream: Stream, draft: Commit, parent: Head) -> None:
         raise StorageError(f"{draft.name}: expected the previous manifest {parent.manifest}, found {draft.manifest}")
     if isinstance(draft, RollbackCommit):
         _check_target(stream, draft)
-    if isinstance(draft, RebuildCommit) and draft.of != parent.accepted:
+    if isinstance(draft, RebuildCommit | CompactionCommit) and draft.of != parent.accepted:
         raise StorageError(f"{draft.name}: expected the state of the newest accepted commit {parent.accepted}, found that of {draft.of}")
+    if isinstance(draft, CompactionCommit):
+        _check_live(stream, draft)
     changes = derive_changes(draft, stream.read_batch(draft), stream.read_outcomes(draft))
     _check_files(stream, draft)
     _check_occurrences(stream, draft, changes)
@@ -95,6 +112,14 @@ def _check_target(stream: Stream, draft: RollbackCommit) -> None:
             f"{draft.name}: expected the manifest of an accepted commit {draft.target}, found {draft.manifest}; "
             f"there is {target.manifest} of kind {target.kind}"
         )
+
+
+def _check_live(stream: Stream, draft: CompactionCommit) -> None:
+    """Sums that leave out a live edit, or hold one that is not, must not become what every later batch builds on."""
+    listed = [(change["pairs"], row) for change in stream.objects.get_json(draft.live) for row in change["rows"]]
+    live = {(row.pairs, row.row) for row in stream.index.find_rows("live")}
+    if len(listed) != len(live) or set(listed) != live:
+        raise StorageError(f"{draft.name}: expected the {len(live)} pairs of the live edits, each once, found {len(listed)} listed")
 
 
 def _check_files(stream: Stream, draft: Commit) -> None:
@@ -134,7 +159,8 @@ def _check_occurrences(stream: Stream, draft: Commit, changes: Changes) -> None:
 def _find_moved(stream: Stream, draft: Commit, move: Move) -> EditRow:
     """The row of an older occurrence that is to change its status, or its pair."""
     name = f"{move.id}@{move.seq}"
-    rows = [row for row in stream.index.find_occurrences(move.id) if row.seq == move.seq and row.status not in ASIDE]
+    rows = [row for row in stream.index.find_occurrences(move.id) if row.seq == move.seq]
+    rows = [row for row in rows if row.status not in ASIDE] or (rows if move.status == "erased" else [])
     if not rows:
         raise StorageError(f"{draft.name}: expected an occurrence {name}, found none")
     row, allowed = rows[0], _FROM.get(move.status, ())

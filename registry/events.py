@@ -50,6 +50,8 @@ class BatchRow(_Record):
     origin: str
     file: Digest
     line: int = Field(ge=1)
+    erased: Literal[True] | None = None
+    """Its text is gone for good: `edit` has its id, and says nothing else."""
 
 
 class Standing(_Record):
@@ -233,6 +235,9 @@ class CompactionCommit(_CommitBase):
     kind: Literal["compaction"] = "compaction"
     of: int = Field(ge=0)
     """The commit whose state it is."""
+    live: Digest
+    """Of the list of pairs that it sums, spelled as a change list: whoever replays the log can begin here."""
+    outcomes: None = None
     manifest: Digest
     promoted: Literal[True] = True
 
@@ -281,7 +286,7 @@ class ErasureCommit(_CommitBase):
     """Of the object that lists what was deleted, and what stands in for it."""
     outcomes: Digest
     manifest: Digest
-    promoted: Literal[True] = True
+    """The same recipe, in a snapshot of its own that names no erased pair."""
 
 
 class RejectionCommit(_CommitBase):

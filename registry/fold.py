@@ -196,9 +196,18 @@ def advance_head(head: Head | None, commit: Commit, digest: str) -> Head:
 
 def move_row(row: EditRow, move: Move) -> EditRow:
     """The row after an older occurrence's change. Why the gate refused an edit stays known until something else is said."""
+    if move.status == "erased":
+        return bury_row(row, move)
     kept = row.reason if row.status in HELD else None
     moved = row._replace(status=move.status, by=move.by, reason=move.reason or kept, withdrawn_at=move.withdrawn_at)
     return moved if move.pairs is None else moved._replace(pairs=move.pairs, row=move.row)
+
+
+def bury_row(row: EditRow, move: Move) -> EditRow:
+    """The tombstone of a row. Digests of its text go too: whoever guesses a short text could confirm it by them. `withdrawn_at` is when
+    it was erased, before which nothing that is sent again counts as new."""
+    bare = row._replace(slot="", content="", subject="", pairs=None, row=None, by=None, under=None, submitted_at=None, origin="")
+    return bare._replace(status="erased", reason=move.reason, withdrawn_at=move.withdrawn_at)
 
 
 def settles(added: EditRow, row: EditRow) -> bool:
@@ -247,7 +256,7 @@ def _read_move(commit: Commit, outcome: Outcome, identity: str, seq: int) -> Mov
         raise FormatError(
             f"commit {commit.seq}: expected no older edit to become {outcome.status} by kind {commit.kind}, found {identity}@{seq}"
         )
-    since = outcome.since or commit.time if outcome.status == "withdrawn" else None
+    since = outcome.since or commit.time if outcome.status in ("withdrawn", "erased") else None
     if outcome.status == "live" and not isinstance(commit, RollbackCommit) and outcome.pairs is None:
         raise FormatError(f"commit {commit.seq}: expected the new pair of {identity}@{seq}, which stays live, found none")
     withdrawn_at = since.isoformat() if since else None

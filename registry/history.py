@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from errata.errors import FormatError, ObjectCorruptError
-from registry.events import AcceptedCommit, BatchRow, Commit, FileUse, Outcome, read_rows
-from registry.fold import Head, advance_head, split_occurrence
+from errata.errors import FormatError, KeyMissingError, ObjectCorruptError
+from registry.events import AcceptedCommit, BatchRow, Commit, CompactionCommit, ErasureCommit, FileUse, Outcome, read_rows
+from registry.fold import EditRow, Head, advance_head, derive_changes, split_occurrence
+from registry.index import Index
 from registry.log import CommitLog
 from registry.objects import ObjectStore
 from registry.storage.base import Storage, open_storage
@@ -39,6 +40,13 @@ class History:
     def key(self, name: str) -> str:
         """The storage key of something of this stream."""
         return f"streams/{self.name}/{name}"
+
+    def follow(self, digest: str) -> str:
+        """What is read for a digest that a commit names: its own, but where it was erased and something stands in for it."""
+        try:
+            return self.objects.locate(digest)
+        except KeyMissingError:
+            return digest
 
     def walk(self) -> Iterator[tuple[Commit, Head]]:
         """Every commit with the head after it, oldest first. Ends at the newest one, or silently where the log is broken: `find_break`
@@ -89,6 +97,22 @@ class History:
                 return outcome.pairs, outcome.row
         raise FormatError(f"{commit.name}: expected it to accept {occurrence}, found no such outcome")
 
+    def list_live(self, seq: int) -> list[EditRow]:
+        """The edits that were live after commit `seq`, from the log alone.
+
+        Raises:
+            KeyMissingError, ObjectCorruptError, FormatError: a commit, batch or outcomes object up to there is missing or damaged.
+        """
+        index = Index(None)
+        try:
+            for commit, head in self.walk():
+                if commit.seq > seq:
+                    break
+                index.apply(head, commit.parent, derive_changes(commit, self.read_batch(commit), self.read_outcomes(commit)))
+            return list(index.find_rows("live"))
+        finally:
+            index.close()
+
     def _read_outcomes(self, digest: str, name: str) -> list[Outcome]:
         return read_rows(Outcome, self.objects.get_rows(digest), f"outcomes of {name}")
 
@@ -109,7 +133,10 @@ def list_named(commit: Commit) -> list[tuple[str, str]]:
     """What a commit names itself, as (what it is, digest), its manifest apart."""
     uses: tuple[FileUse, ...] = commit.files
     named = [("batch", commit.batch), ("outcomes", commit.outcomes), *(("pairs", digest) for digest in commit.pairs)]
+    if isinstance(commit, CompactionCommit):
+        named.append(("live list", commit.live))
     named += [("report", commit.report), *(("file", use.digest) for use in uses)]
+    named += [("erased", commit.erased)] if isinstance(commit, ErasureCommit) else []
     return [(what, digest) for what, digest in named if digest]
 
 

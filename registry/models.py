@@ -31,6 +31,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 CHAMPION = "champion"
@@ -215,6 +216,26 @@ class ModelRegistry:
                 run_id=version.run, artifact_path=_PLOT, dst_path=str(folder), tracking_uri=self.tracking_uri
             )
         return Path(found)
+
+    def hide_version(self, version: Version, erasure: int, *, weights: bool, report: bytes | None) -> None:
+        """Remove what a version holds of edits that commit `erasure` erased. Safe to repeat.
+
+        Args:
+            weights: the version's weights carry them; it cannot be loaded any more.
+            report: the report as it reads now.
+        """
+        with self._reporting(f"remove what was erased from {version.uri}"):
+            if report is not None:
+                # Deleted first: stores that do not overwrite would keep the old one.
+                get_artifact_repository(self._client.get_run(version.run).info.artifact_uri).delete_artifacts("report.json")  # type: ignore[no-untyped-call]
+                self._client.log_text(version.run, report.decode(), "report.json")
+            if weights:
+                source = self._client.get_model_version_download_uri(version.stream, str(version.number))
+                store = get_artifact_repository(f"{source}/artifacts/version")
+                for item in store.list_artifacts():
+                    if item.path.endswith(".safetensors"):
+                        store.delete_artifacts(item.path)  # type: ignore[no-untyped-call]
+            self._client.set_model_version_tag(version.stream, str(version.number), "errata.erased", str(erasure))
 
     def _find_tagged(self, stream: str, commit: int) -> Version | None:
         # The oldest counts: a second one can only come from a racing projector, which removes its own again.

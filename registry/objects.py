@@ -1,13 +1,16 @@
 """Content-addressed objects: the key of an object is the sha256 of its bytes, so it is written once and checked on every read."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from errata.edits import canonical_json, digest_of
-from errata.errors import KeyExistsError, ObjectCorruptError, StorageError
+from errata.errors import ErasedError, KeyExistsError, KeyMissingError, ObjectCorruptError, StorageError
+from registry.erased import ErasureMap
 from registry.storage.base import Storage
 
+_PARSED = 500
+"""Rows parsed at once."""
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -21,14 +24,21 @@ class ObjectStore:
     def __init__(self, storage: Storage, prefix: str) -> None:
         self._storage = storage
         self._prefix = prefix.rstrip("/")
+        self._erased = ErasureMap(storage, self._prefix.removesuffix("objects"))
 
     def get(self, digest: str) -> bytes:
         """
         Raises:
+            ErasedError: there is none any more, on purpose. Where it held other edits, too, what stands in for it is read instead.
             KeyMissingError: there is no such object.
             ObjectCorruptError: its bytes are not those that were stored.
         """
-        data = self._storage.read(self._key(digest))
+        try:
+            data = self._storage.read(self._key(digest))
+        except KeyMissingError:
+            if (by := self._erased.follow(digest)) is None:
+                raise
+            return self.get(by)
         if (found := digest_of(data)) != digest:
             raise ObjectCorruptError(
                 f"{self._storage.url}/{self._key(digest)}: expected bytes with this sha256, found {len(data)} bytes with {found}"
@@ -40,7 +50,7 @@ class ObjectStore:
         already is read and, if damaged, replaced, and its age begins anew, so that it is not collected as garbage meanwhile."""
         digest = digest_of(data)
         key = self._key(digest)
-        if not self._storage.exists(key):
+        if not self._storage.exists(key):  # an erased one that comes again is stored again
             try:
                 self._storage.create(key, data)
                 return digest
@@ -57,7 +67,26 @@ class ObjectStore:
         return digest
 
     def exists(self, digest: str) -> bool:
-        return self._storage.exists(self._key(digest))
+        """Whether it, or what stands in for it, can be read."""
+        if self._storage.exists(self._key(digest)):
+            return True
+        try:
+            by = self._erased.follow(digest)
+        except ErasedError:
+            return False
+        return by is not None and self.exists(by)
+
+    def locate(self, digest: str) -> str:
+        """The digest of what is read for `digest`: its own, but where it was erased.
+
+        Raises:
+            ErasedError, KeyMissingError: as `get`.
+        """
+        if self._storage.exists(self._key(digest)):
+            return digest
+        if (by := self._erased.follow(digest)) is None:
+            raise KeyMissingError(f"{self._storage.url}/{self._key(digest)}: expected an object, found none")
+        return self.locate(by)
 
     def find(self, digest: str) -> Entry | None:
         """Size and age of an object; None if there is none."""
@@ -84,7 +113,14 @@ class ObjectStore:
 
     def get_rows(self, digest: str) -> list[dict[str, Any]]:
         """The rows of a JSONL object, in order."""
-        return [self._parse(digest, line) for line in self.get(digest).split(b"\n") if line]
+        return list(self.iterate_rows(digest))
+
+    def iterate_rows(self, digest: str) -> Iterator[dict[str, Any]]:
+        """As `get_rows`, without all rows in memory at once."""
+        lines = [line for line in self.get(digest).split(b"\n") if line]
+        for start in range(0, len(lines), _PARSED):
+            # Parsed together, since most of the time goes into beginning.
+            yield from self._parse(digest, b"[" + b",".join(lines[start : start + _PARSED]) + b"]")
 
     def put_rows(self, rows: Iterable[dict[str, Any]]) -> str:
         return self.put(b"".join(canonical_json(row) + b"\n" for row in rows))

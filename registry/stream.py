@@ -8,6 +8,7 @@ from pathlib import Path
 from errata.edits import canonical_json, digest_of
 from errata.errors import InputError, KeyExistsError, KeyMissingError, StorageError, UnknownNameError
 from registry.checkpoints import Checkpoints
+from registry.erased import finish_erasures
 from registry.events import FORMAT, BatchRow, Commit, FileUse, InitCommit, Outcome, read_formatted, read_rows
 from registry.fold import ASIDE, EditRow, Head, advance_head, derive_changes, split_occurrence
 from registry.index import Index
@@ -44,6 +45,7 @@ class Stream:
         self.index = self._open_index()
         self._trusted = False
         self._head = self.refresh()
+        self.finish_erasures()
 
     @property
     def head(self) -> Head:
@@ -76,6 +78,14 @@ class Stream:
             self.index.discard()
             self._head = self._fold()
         return self._head
+
+    def finish_erasures(self) -> None:
+        """Carry out what an interrupted `errata erase` has left."""
+        try:
+            for seq in finish_erasures(self.storage, self.key("")):
+                _log.info("the erasure of commit %d is carried out", seq)
+        except StorageError as error:
+            _log.warning("an erasure is not carried out yet, the next command tries again: %s", error)
 
     def read_batch(self, commit: Commit) -> list[BatchRow]:
         """The records that a commit considered, in order of arrival."""

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from errata.edits import canonical_json, digest_of
 from errata.errors import ConflictError, FormatError, InputError, ObjectCorruptError
 from registry.bundle import NEEDED, Bundled, Contents, Progress, Title
-from registry.events import Commit, InitCommit, read_commit, read_formatted
+from registry.erased import announce, finish_erasures
+from registry.events import Commit, ErasureCommit, InitCommit, read_commit, read_formatted
 from registry.history import list_named
 from registry.log import CommitLog
 from registry.objects import ObjectStore
@@ -76,12 +77,16 @@ def read_bundle(storage: Storage, source: Path, name: str | None = None, on_prog
                 if seq == 0:
                     first = data
                 else:
+                    commit = read_commit(data, file)
+                    if isinstance(commit, ErasureCommit):
+                        announce(storage, f"streams/{made}/", seq, commit.erased)
                     _append(log, seq, data)
         if on_progress:
             on_progress(done + 1, checked.members)
     if first is None:
         raise InputError(f"{source}: expected a first commit, found none; did the file change meanwhile?")
     _append(log, 0, first)
+    finish_erasures(storage, f"streams/{made}/")  # what they deleted is not in the bundle
     return Bundled(made, title.seq + 1, len(checked.contents.objects), checked.contents.omitted)
 
 
@@ -138,7 +143,7 @@ def _check_bundle(source: Path) -> _Checked:
 
 def _check_named(commit: Commit, contents: Contents | None, bases: dict[str, BaseRef], seen: set[str], where: str) -> None:
     """That a bundle holds what a commit names."""
-    omitted = {item.digest for item in contents.omitted if item.what not in NEEDED} if contents else set()
+    omitted = {item.digest for item in contents.omitted if item.what not in NEEDED} | {*contents.replaced} if contents else set()
     for _, digest in [*list_named(commit), ("manifest", commit.manifest or "")]:
         if digest and digest not in omitted:
             _require(seen, f"objects/{digest}", where)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from errata.errors import InputError, UnknownNameError
+from registry.erased import read_erasures
 from registry.events import AcceptedCommit, InitCommit, Outcome, RollbackCommit, Standing
 from registry.fold import EditRow, split_occurrence
 from registry.stream import Stream
@@ -40,6 +41,8 @@ def _explain(row: EditRow) -> str:
             return f"it was replaced by {row.by}: its pairs are subtracted already"
         case "reverted":
             return f"it is not live any more ({row.reason})"
+        case "erased":
+            return f"it is erased ({row.reason})"
         case "quarantined" | "rejected":
             return f"it was never written, it is {row.status}: `errata quarantine drop` gives it up"
         case _:
@@ -59,6 +62,12 @@ def choose_target(stream: Stream, seq: int) -> AcceptedCommit | InitCommit:
     if target.manifest == head.manifest:
         what = "it is the newest" if seq == head.seq else f"commit {seq} has the same manifest as commit {head.accepted}"
         raise InputError(f"rollback: expected an earlier state than the one that is served, found commit {seq}: {what}")
+    for erasure in read_erasures(stream.storage, stream.key("")):
+        if target.seq in erasure.record.commits:
+            raise InputError(
+                f"rollback: expected a commit whose state is still there, found commit {target.seq}: edits that were live in it are erased "
+                f"by commit {erasure.record.seq}, and with them its weights"
+            )
     return target
 
 
@@ -125,7 +134,7 @@ def find_gone(stream: Stream, rollback: int | None = None) -> tuple[int, Gone]:
     gone = Gone([], [])
     for outcome in stream.read_outcomes(commit):
         row = stream.resolve_edit(outcome.occurrence or "")
-        if outcome.outcome == "live" or row.status == "live":
+        if outcome.outcome == "live" or row.status in ("live", "erased"):
             continue
         holders = [held for held in (stream.index.find_edit(row.id), stream.index.find_slot(row.slot)) if held and held.status == "live"]
         newer = next((held for held in holders if held.seq > commit.seq), None)

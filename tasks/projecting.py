@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from errata.editors.artifacts import load_artifact
-from errata.errors import RegistryError
+from errata.errors import ErasedError, RegistryError
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
 from errata.modeling.tokens import encode_prompt
@@ -58,7 +58,11 @@ def show_log(settings: Settings, stream: Stream, *, everything: bool = False) ->
         champion = stream.head.champion
         for commit in find_unshown(stream, registry, everything):
             with tempfile.TemporaryDirectory(prefix="errata-") as work:
-                registry.project(build_release(stream, model, commit, Path(work)))
+                try:
+                    release = build_release(stream, model, commit, Path(work))
+                except ErasedError:
+                    continue  # it has no weights any more
+                registry.project(release)
             made += 1
         version = registry.find_version(stream.name, champion)
         if version is None:

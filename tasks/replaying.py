@@ -5,15 +5,29 @@ pairs, reports, raw files) is nowhere else: a loss is named, with the edits that
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from errata.candidates import spell_changes
+from errata.edits import digest_of
 from errata.errors import ConflictError, FormatError, KeyMissingError, ObjectCorruptError, UnknownNameError
-from errata.findings import Finding, RebuildReport, find_fault
-from errata.manifests import PairRef
+from errata.findings import Finding, FindingState, RebuildReport, describe_fault, find_fault
+from errata.manifests import PairRef, read_refs, sort_refs
 from errata.replay import Entry, Remade, Replay, Step
 from errata.settings import Settings, load_settings
 from registry.commit import commit as make_commit
-from registry.events import Commit, EditsCommit, InitCommit, MergeCommit, Outcome, RebuildCommit, RollbackCommit, WithdrawalCommit
+from registry.erased import Erasure, finish_erasures, read_erasures
+from registry.events import (
+    Commit,
+    CompactionCommit,
+    EditsCommit,
+    ErasureCommit,
+    InitCommit,
+    MergeCommit,
+    Outcome,
+    RebuildCommit,
+    RollbackCommit,
+    WithdrawalCommit,
+)
 from registry.fold import Head, split_occurrence
 from registry.history import History, is_accepted, list_named, open_history
 from registry.stream import open_stream
@@ -27,6 +41,8 @@ _MEANING = {
     "outcomes": "what became of these records is nowhere else: which of them were accepted, and what they replaced",
     "batch": "the text of these edits is nowhere else, but for the raw file that they came in",
     "report": "what was measured of this commit is nowhere else; no edit is affected",
+    "live list": "which pairs it summed, and the outcomes that would say so are lost, too",
+    "erased": "what an erasure deleted, and what stands in for it, is nowhere else",
     "file": "the lines as they were sent are nowhere else; the edits are in the batch",
 }
 """What a loss means."""
@@ -44,6 +60,12 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
     settings, begun = load_settings(stream=stream), time.perf_counter()
     history = open_history(settings.root, settings.stream)
     findings: list[Finding] = []
+    if not check:
+        finish_erasures(history.storage, history.key(""))
+    for erasure in read_erasures(history.storage, history.key("")):
+        if not erasure.done and is_committed(history, erasure):
+            detail = "an erasure is committed and not carried out: any command that opens the stream goes on with it"
+            findings.append(Finding(commit=erasure.record.seq, what="erasure", state="mendable", detail=detail, edits=erasure.record.ids))
     head, goal = _read_ends(history, to, findings)
     if head is None:
         return RebuildReport(
@@ -69,7 +91,7 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
         for commit, position in history.walk():
             if commit.seq > last or replay.parted:
                 break
-            replay.findings += _check_primary(history, commit, reported)
+            replay.findings += _check_primary(history, commit, reported, mend=not check)
             if is_accepted(commit):
                 whole = not findings and commit.seq == head.accepted
                 solve = commit.seq == goal or (check and not isinstance(commit, RollbackCommit))
@@ -118,6 +140,9 @@ def commit_rebuilt(settings: Settings, head: Head, manifest: str) -> int:
 
 def derive_step(history: History, commit: Commit) -> Step | None:
     """What an accepted commit does to the state, from its outcomes and those of the commits whose edits leave; None where they are lost."""
+    if isinstance(commit, CompactionCommit):
+        listed = read_live(history, commit)
+        return Step(add=tuple(read_refs(listed)), fresh=True) if listed is not None else None
     try:
         outcomes = history.read_outcomes(commit)
         remove = dict.fromkeys(_find_left(history, outcome) for outcome in outcomes if _leaves_pair(outcome, commit))
@@ -140,6 +165,32 @@ def _find_left(history: History, outcome: Outcome) -> PairRef:
         return PairRef(pairs=before.pairs, row=before.row)
     pairs, row = history.find_pair(outcome.occurrence or "")
     return PairRef(pairs=pairs, row=row)
+
+
+def read_live(history: History, commit: CompactionCommit) -> bytes | None:
+    """The pairs that a compaction summed: as they are stored, else as the outcomes up to there say; None where those are lost, too."""
+    if find_fault(history.objects, commit.live) is None:
+        return history.objects.get(commit.live)
+    try:
+        rows = history.list_live(commit.seq)
+    except _LOST:
+        return None
+    listed = spell_live([PairRef(pairs=row.pairs or "", row=row.row or 0) for row in rows])
+    return listed if digest_of(listed) == commit.live else None
+
+
+def spell_live(refs: Sequence[PairRef]) -> bytes:
+    """What a compaction stores as its live list."""
+    return spell_changes(sort_refs(refs), [])
+
+
+def is_committed(history: History, erasure: Erasure) -> bool:
+    """Whether an erasure that was announced is part of the log."""
+    try:
+        commit = history.log.read(erasure.record.seq)
+    except _LOST:
+        return False
+    return isinstance(commit, ErasureCommit) and commit.erased == erasure.digest
 
 
 def _remember_steps(history: History) -> Callable[[int], Step | None]:
@@ -168,18 +219,30 @@ def _build_entry(commit: Commit, parent: int) -> Entry:
             return Entry(commit.seq, parent, manifest, restates=target)
         case RebuildCommit(of=of):
             return Entry(commit.seq, parent, manifest, restates=of, rebuilt=True)
-        case InitCommit() | EditsCommit() | WithdrawalCommit() | MergeCommit():
+        case ErasureCommit():
+            return Entry(commit.seq, parent, manifest, restates=parent)
+        case InitCommit() | EditsCommit() | WithdrawalCommit() | MergeCommit() | CompactionCommit():
             return Entry(commit.seq, parent, manifest)
     raise AssertionError(f"{commit.name} is no accepted commit")
 
 
-def _check_primary(history: History, commit: Commit, reported: set[str]) -> Iterator[Finding]:
-    """What of a commit's own objects is lost, but for what an earlier commit was `reported` to have lost: a rollback and a rebuild name
-    the report of the commit whose state they take over."""
+def _check_primary(history: History, commit: Commit, reported: set[str], *, mend: bool) -> Iterator[Finding]:
+    """What of a commit's own objects is lost, but for what an earlier commit was `reported` to have lost: a rollback, a rebuild and a
+    compaction name the report of the commit whose state they take over. A live list follows from the outcomes and is made again."""
     for what, digest in list_named(commit):
         fault = find_fault(history.objects, digest)
+        if fault is None and digest not in reported and history.follow(digest) != digest:
+            reported.add(digest)
+            detail = "the same without edits that were erased stands in for it"
+            yield Finding(commit=commit.seq, what=what, state="erased", detail=detail, digest=digest)
         if fault is not None and digest not in reported:
             reported.add(digest)
+            if what == "live list" and isinstance(commit, CompactionCommit) and (listed := read_live(history, commit)) is not None:
+                state: FindingState = "mended" if mend else "mendable"
+                if mend:
+                    history.objects.put(listed)
+                yield Finding(commit=commit.seq, what=what, state=state, detail=describe_fault(fault, state), digest=digest)
+                continue
             edits = tuple(_list_affected(history, commit, what, digest))
             yield Finding(commit=commit.seq, what=what, state="lost", detail=f"{fault}; {_MEANING[what]}", digest=digest, edits=edits)
 

@@ -41,6 +41,9 @@ class Pairs:
     """[n, d_out] float32: z − h at the output of the last edited layer."""
     keys: Mapping[int, torch.Tensor]
     """Layer → [n, d_in] float32: inputs of the edited projection at the site."""
+    erased: tuple[str | None, ...] = ()
+    """Row → the digest it had before it was erased, None where it was not; empty where no row was. An erased row is zero: it adds nothing
+    and takes nothing away, and its digest keeps the chain of the recipe whole."""
 
     def __len__(self) -> int:
         return len(self.owners)
@@ -49,12 +52,25 @@ class Pairs:
         """The rows named, in that order."""
         index = torch.tensor(rows, dtype=torch.long)
         keys = {layer: keys[index] for layer, keys in self.keys.items()}
-        return type(self)(self.base, self.prepare, tuple(self.owners[row] for row in rows), self.residuals[index], keys)
+        owners, erased = tuple(self.owners[row] for row in rows), tuple(self.erased[row] for row in rows) if self.erased else ()
+        return type(self)(self.base, self.prepare, owners, self.residuals[index], keys, erased if any(erased) else ())
+
+    def erase(self, rows: Sequence[int]) -> Self:
+        """The same rows under the same numbers, those named all zero."""
+        digests, gone = self.digest_rows(), set(rows)
+        kept = torch.tensor([[row not in gone] for row in range(len(self))])
+        keys = {layer: torch.where(kept, keys, 0.0) for layer, keys in self.keys.items()}
+        before = self.erased or (None,) * len(self)
+        erased = tuple(digests[row] if row in gone else before[row] for row in range(len(self)))
+        return type(self)(self.base, self.prepare, self.owners, torch.where(kept, self.residuals, 0.0), keys, erased)
 
     def digest_rows(self) -> list[str]:
         """One digest per row over owners, residual and keys: equal wherever the row is stored, in whatever object."""
         digests = []
         for row, owners in enumerate(self.owners):
+            if self.erased and (known := self.erased[row]):
+                digests.append(known)
+                continue
             digest = hashlib.sha256(json.dumps([self.base, self.prepare, owners]).encode())
             for tensor in (self.residuals, *(self.keys[layer] for layer in sorted(self.keys))):
                 digest.update(tensor[row].contiguous().numpy().tobytes())
@@ -67,19 +83,27 @@ class Pairs:
         return {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
 
     @classmethod
-    def from_tensors(cls, base: str, prepare: str, owners: Sequence[Sequence[str]], tensors: Mapping[str, torch.Tensor]) -> Self:
+    def from_tensors(
+        cls,
+        base: str,
+        prepare: str,
+        owners: Sequence[Sequence[str]],
+        tensors: Mapping[str, torch.Tensor],
+        erased: Sequence[str | None] = (),
+    ) -> Self:
         """The inverse of `to_tensors`."""
         keys = {int(name.removeprefix("k.")): tensor for name, tensor in tensors.items() if name.startswith("k.")}
-        return cls(base, prepare, tuple(tuple(ids) for ids in owners), tensors["r"], keys)
+        return cls(base, prepare, tuple(tuple(ids) for ids in owners), tensors["r"], keys, tuple(erased))
 
     def to_bytes(self) -> bytes:
-        return pack_tensors("pairs", _FORMAT, self.to_tensors(), {"base": self.base, "prepare": self.prepare, "owners": self.owners})
+        metadata = {"base": self.base, "prepare": self.prepare, "owners": self.owners}
+        return pack_tensors("pairs", _FORMAT, self.to_tensors(), metadata | ({"erased": self.erased} if self.erased else {}))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Raises FormatError: not pairs of this format."""
         tensors, metadata = unpack_tensors(data, "pairs", _FORMAT)
-        return cls.from_tensors(metadata["base"], metadata["prepare"], metadata["owners"], tensors)
+        return cls.from_tensors(metadata["base"], metadata["prepare"], metadata["owners"], tensors, metadata.get("erased", ()))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
@@ -96,7 +120,9 @@ class Pairs:
             first.require_same(part.base, part.prepare)
         keys = {layer: torch.cat([part.keys[layer] for part in parts]) for layer in first.keys}
         owners = tuple(ids for part in parts for ids in part.owners)
-        return cls(first.base, first.prepare, owners, torch.cat([part.residuals for part in parts]), keys)
+        erased = tuple(digest for part in parts for digest in part.erased or (None,) * len(part))
+        residuals = torch.cat([part.residuals for part in parts])
+        return cls(first.base, first.prepare, owners, residuals, keys, erased if any(erased) else ())
 
     def require_same(self, base: str, prepare: str) -> None:
         """Raises BaseMismatchError where these pairs were made on another base or with other prepare options."""

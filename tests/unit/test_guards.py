@@ -20,7 +20,7 @@ ROOMS = ("errata", "registry", "tasks", "flows")
 LONGEST = 400
 """Lines of a module, and nobody needs that many."""
 HEAVY = ("torch", "transformers", "prefect", "mlflow", "sqlalchemy", "peft", "sentence_transformers", "matplotlib")
-READING = ("commandline", "console", "console_replay", "console_undo", "lookup", "views")
+READING = ("commandline", "console", "console_longrun", "console_replay", "console_undo", "lookup", "views")
 """Modules of `flows/` behind `errata --help`, `status`, `log`, `show` and `submit --check`."""
 
 

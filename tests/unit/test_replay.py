@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from errata.candidates import build_candidate, load_artifacts, load_state, start_manifest
+from errata.compaction import compact_state
 from errata.editors.artifacts import WeightDelta
 from errata.editors.base import Pairs
 from errata.editors.d4s.editor import D4S
@@ -19,6 +20,7 @@ from errata.manifests import Manifest, PairRef
 from errata.modeling.layout import LAYOUTS
 from errata.profiles import PrepareOptions, Profile, SolveOptions
 from errata.replay import Entry, Remade, Replay, Step, list_named, measure_gap
+from registry.erased import ErasureRecord, Gone, announce
 from registry.objects import ObjectStore
 from registry.storage.memory import MemoryStorage
 
@@ -95,6 +97,11 @@ class Book:
         seq = len(self.entries)
         self.manifests.append(self.manifests[target])
         self.entries.append(Entry(seq, seq - 1, self.manifests[target], restates=target))
+
+    def compact(self, live: Sequence[PairRef]) -> None:
+        """Sum pairs anew, right or wrong."""
+        self.steps[len(self.entries)] = Step(add=tuple(live), fresh=True)
+        self._commit(compact_state(self.objects, self.editor, self.manifest(-1), live).manifest)
 
     def accept(self, remade: Remade) -> None:
         seq = len(self.entries)
@@ -329,3 +336,83 @@ def test_weights_of_other_names_or_shapes_are_infinitely_far() -> None:
     assert measure_gap(one, {"a": torch.ones(2, 3)}) == float("inf")
     assert measure_gap({"a": torch.full((2, 2), torch.nan)}, one) == float("inf")
     assert measure_gap({"a": torch.ones(2, 2) * 1.5}, one) == pytest.approx(0.5)
+
+
+@pytest.fixture
+def compacted() -> Book:
+    """Sums of 15 pairs after 18 operations; compacted at 4; two commits later, a rollback across it and one to it."""
+    book = Book(make_editor(), every=2)
+    first, second = book.add(6), book.add(9)
+    third = book.add(2, remove=first[:1])
+    live = [*first[1:], *second, *third]
+    book.compact(live[::-1])
+    book.add(3)
+    book.withdraw(live[:2])
+    book.go_back(3)
+    book.go_back(4)
+    book.add(1)
+    return book
+
+
+def test_a_compaction_is_replayed_and_compared_with_both_sides(compacted: Book) -> None:
+    replay, _ = compacted.replay()
+    assert (replay.findings, replay.unverified, replay.parted) == ([], [], False)
+    assert replay.compared == {"bits": len(compacted.entries)}
+    assert 0 < replay.worst < 1e-12, "of the weights before and after"
+    assert compacted.manifest(4).recipe != compacted.manifest(3).recipe
+    assert replay.recipe == compacted.manifest(-1).recipe
+    assert load_state(compacted.objects, make_editor(), compacted.manifest(-1).layers[0].state).count == 17
+
+
+@pytest.mark.parametrize("what", ["snapshot", "manifest"])
+def test_what_a_compaction_made_is_mended(compacted: Book, what: str) -> None:
+    whole = compacted.damage(digest := compacted.name(4, what))
+    assert summarise(compacted.replay()[0]) == [(4, what, "mendable")]
+    compacted.replay(mend=True, solve=False)
+    assert compacted.objects.get(digest) == whole
+
+
+def test_after_a_loss_everything_can_be_compared_again_from_a_compaction_on(compacted: Book) -> None:
+    compacted.steps[1] = compacted.steps[2] = compacted.steps[3] = None
+    compacted.damage(compacted.name(4, "snapshot"), how="missing")
+    replay, _ = compacted.replay()
+    assert replay.unverified == [1, 2, 3, 7], "7 goes back to what is before it"
+    assert summarise(replay) == [(4, "snapshot", "mendable")]
+
+
+def test_a_compaction_of_other_edits_parts(compacted: Book) -> None:
+    book = Book(make_editor())
+    refs, others = book.add(12), book.add(1)
+    book.withdraw(others)
+    book.compact([*refs[1:], *others])
+    assert summarise(book.replay()[0]) == [(4, "live list", "differs")]
+    book.compact(refs[1:])
+    assert (5, "live list", "differs") in summarise(book.replay(solve=False)[0]), "a missing pair is seen without solving"
+
+
+@pytest.mark.parametrize("others", [2, 2 * FEW])
+def test_after_an_erasure_the_recipe_holds_and_so_do_the_weights_without_the_edit(others: int) -> None:
+    """The state is the pairs themselves, or their sums."""
+    book = Book(make_editor(), every=2)
+    book.add(others)
+    refs = book.add(3)
+    book.add(1)
+    book.withdraw(refs[1:2])
+    book.add(1)
+    gone = {book.name(seq, "artifact"): None for seq in (2, 3)} | {book.name(2, "snapshot"): None}
+    before = Pairs.from_bytes(book.objects.get(refs[0].pairs))
+    erased = before.erase([1])
+    assert Pairs.from_bytes(erased.to_bytes()).digest_rows() == before.digest_rows() and not erased.residuals[1].any()
+    assert torch.equal(erased.take([0, 2]).residuals, before.take([0, 2]).residuals)
+    gone[refs[0].pairs] = book.objects.put(erased.to_bytes())
+    objects = tuple(Gone(digest=digest, by=by, what="test") for digest, by in gone.items())
+    record = ErasureRecord(seq=6, ids=("2.1",), commits=(2, 3), reports=(), objects=objects, keys=())
+    announce(book.storage, "", 6, book.objects.put(record.model_dump_json().encode()))
+    for digest in gone:
+        book.damage(digest, how="missing")
+
+    replay, _ = book.replay(mend=True)
+    assert summarise(replay) == [(2, "artifact", "erased"), (2, "snapshot", "erased"), (3, "artifact", "erased")]
+    assert replay.recipe == book.manifest(5).recipe and (replay.unverified, replay.parted) == ([], False)
+    assert sum(replay.compared.values()) == 4 and replay.worst <= 2e-7
+    assert not any(book.objects.exists(digest) for digest, by in gone.items() if by is None), "a rebuild must not make it again"

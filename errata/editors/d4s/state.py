@@ -97,6 +97,8 @@ class D4SState:
             tensors |= self.pairs.to_tensors()
         owners = None if self.pairs is None else self.pairs.owners
         metadata = {"base": self.base, "prepare": self.prepare, "count": self.count, "owners": owners}
+        if self.pairs is not None and self.pairs.erased:
+            metadata["erased"] = self.pairs.erased
         return pack_tensors("d4s_state", _FORMAT, tensors, metadata)
 
     @classmethod
@@ -104,7 +106,7 @@ class D4SState:
         """Raises FormatError: not a D4S state of this format."""
         tensors, metadata = unpack_tensors(data, "d4s_state", _FORMAT)
         base, prepare, owners = metadata["base"], metadata["prepare"], metadata["owners"]
-        pairs = None if owners is None else Pairs.from_tensors(base, prepare, owners, tensors)
+        pairs = None if owners is None else Pairs.from_tensors(base, prepare, owners, tensors, metadata.get("erased", ()))
         rk = {int(name.removeprefix("rk.")): tensor for name, tensor in tensors.items() if name.startswith("rk.")}
         kk = {layer: _unfold_strips(layer, tensors) for layer in rk}
         return cls(base, prepare, metadata["count"], pairs, rk, kk)

@@ -31,7 +31,7 @@ class Tables:
     def apply(self, changes: Changes) -> None:
         for move in changes.moved:
             for row in list(self.rows.values()):
-                if (row.id, row.seq) == (move.id, move.seq) and row.status not in ASIDE:
+                if (row.id, row.seq) == (move.id, move.seq) and (row.status not in ASIDE or move.status == "erased"):
                     self.rows[row.key] = move_row(row, move)
         for added in changes.added:
             for row in list(self.rows.values()):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import pytest
 
 from errata.errors import ConflictError, KeyMissingError, StorageError
 from registry.commit import CHECKPOINT_EVERY, commit
+from registry.events import CompactionCommit, read_commit, write_commit
+from registry.history import list_named, open_history
 from registry.storage.local import LocalStorage
 from registry.storage.memory import MemoryStorage
 from registry.stream import Stream
+from registry.undoing import compare_live
 
 Make = Callable[..., Any]
+COMMON: dict[str, Any] = {"actor": "ann", "host": "here", "versions": {"errata": "0.1.0"}, "time": datetime(2026, 11, 1, tzinfo=UTC)}
 
 
 def test_repeating_a_commit_that_landed_succeeds(start: Make, edit: Make) -> None:
@@ -189,3 +194,42 @@ def test_consumed_files_leave_the_inbox_but_a_new_one_of_that_name_stays(start: 
     storage.create(key, raw)
     assert clerk.stream.remove_consumed(draft.files) == ["1.jsonl"]
     assert clerk.stream.remove_consumed(draft.files) == []
+
+
+def draft_compaction(stream: Stream, rows: list[Any], **fields: Any) -> CompactionCommit:
+    head, objects = stream.head, stream.objects
+    listed = [{"op": "add", "pairs": row.pairs, "rows": [row.row]} for row in rows]
+    content: dict[str, Any] = {
+        "of": head.accepted,
+        "live": objects.put_json(listed),
+        "manifest": objects.put_json({"format": 1, "sums": 1}),
+    }
+    return CompactionCommit(**{"seq": head.seq + 1, "parent": head.digest, **COMMON, **content, **fields})
+
+
+def test_a_compaction_sums_what_is_live_and_changes_no_edit(start: Make, edit: Make) -> None:
+    clerk = start()
+    stream = clerk.stream
+    for name in ("Ada", "Bob"):
+        commit(stream, clerk.draft([(edit(name), "live")]), stream.head)
+    commit(stream, clerk.draft([(edit("Ada", "Rome"), "live"), (edit("Cid"), "quarantined")]), stream.head)
+    rows, counts = list(stream.index.find_rows("live")), stream.index.counts()
+    replaced = list(stream.index.find_rows("replaced"))
+    for wrong in (rows[:1], [*rows, rows[0]], [rows[0], *replaced], []):
+        with pytest.raises(StorageError, match="expected the 2 pairs of the live edits"):
+            commit(stream, draft_compaction(stream, wrong), stream.head)
+    with pytest.raises(StorageError, match="expected the state of the newest accepted commit 3, found that of 2"):
+        commit(stream, draft_compaction(stream, rows, of=2), stream.head)
+    with pytest.raises(KeyMissingError, match="expected live list as object"):
+        commit(stream, draft_compaction(stream, rows, live="a" * 64), stream.head)
+    draft = commit(stream, draft_compaction(stream, rows[::-1]), stream.head)
+    head = stream.head
+    assert (head.seq, head.accepted, head.champion, head.manifest) == (4, 4, 4, draft.manifest)
+    assert stream.index.counts() == counts and list(stream.index.find_rows("live")) == rows
+    assert read_commit(write_commit(draft), "here") == draft
+    assert ("live list", draft.live) in list_named(draft), "bundles and collectors of garbage must know it"
+    # Back across it: nobody leaves, nobody comes back.
+    assert compare_live(stream, 3) == []
+    commit(stream, clerk.draft_rollback(3), stream.head)
+    assert list(stream.index.find_rows("live")) == rows
+    assert open_history(stream.storage, "main").list_live(2) != rows == open_history(stream.storage, "main").list_live(5)
