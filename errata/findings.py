@@ -8,10 +8,11 @@ from pydantic import BaseModel, ConfigDict
 from errata.editors.base import Blobs
 from errata.errors import ErasedError, KeyMissingError, ObjectCorruptError
 
-FindingState = Literal["mended", "mendable", "replaced", "unequal", "differs", "lost", "erased"]
+FindingState = Literal["mended", "mendable", "replaced", "unequal", "differs", "lost", "erased", "archived"]
 """`mended`: was missing or damaged and is stored again, bit for bit; `mendable`: would be; `unequal`: its bytes come out otherwise on this
 machine; `replaced`: so they did, and a rebuild commit points to a new one; `differs`: it is intact and not what the log gives; `lost`:
-nothing makes it again; `erased`: it held an edit that was erased, and is gone on purpose or in a form without it."""
+nothing makes it again; `erased`: it held an edit that was erased, and is gone on purpose or in a form without it; `archived`: weights of a
+version that is not kept, which are told of by commit only."""
 
 _SAID: Mapping[FindingState, str] = {
     "mended": "made again from the stored pairs, bit for bit",
@@ -19,6 +20,7 @@ _SAID: Mapping[FindingState, str] = {
     "unequal": "from the stored pairs it comes out with other bytes here: another machine, other libraries, or another number of threads",
     "lost": "what it was made from is lost, too: nothing makes it again",
     "erased": "it carried an edit that was erased: gone for good, and on purpose",
+    "archived": "`errata rebuild --to` makes the weights of an archived version again",
     "replaced": "from the stored pairs it came out with other bytes; a rebuild commit points to them",
 }
 
@@ -57,6 +59,8 @@ class RebuildReport(_Record):
     """Largest relative difference of weights that were not equal to the bit."""
     unverified: tuple[int, ...]
     """Commits whose weights could not be compared, because something before them is lost."""
+    archived: tuple[int, ...] = ()
+    """Commits whose stored weights are given up: replayed, but there is nothing to compare with."""
     findings: tuple[Finding, ...]
     commit: int | None = None
     """The rebuild commit that was made."""

@@ -90,6 +90,10 @@ class Replay:
     """What a commit did to the state of its parent; None where that is lost."""
     mend: bool
     """Store what was damaged and comes out equal."""
+    given_up: Set[str] = frozenset()
+    """Weights that may be missing, because no version that needs them is kept."""
+    archived: list[int] = field(default_factory=list)
+    """Commits whose stored weights are, indeed."""
     findings: list[Finding] = field(default_factory=list)
     compared: Counter[str] = field(default_factory=Counter)
     """How weights were compared (`bits`, `float64`, `float32`) → commits."""
@@ -307,9 +311,9 @@ class Replay:
         fault = find_fault(self.blobs, layer.artifact) if layer.artifact else None
         if not solve and fault is None:
             return
-        if fault == "erased":  # the pairs that are left give other weights, those without the edit
-            assert layer.artifact is not None
-            self._report(seq, "artifact", layer.artifact, fault, "erased")
+        if layer.artifact is not None and (fault == "erased" or (fault == "missing" and layer.artifact in self.given_up)):
+            # Of the former, the pairs that are left give other weights, those without the edit.
+            self._report(seq, "artifact", layer.artifact, fault, "erased" if fault == "erased" else "archived")
             return
         artifact = self.editor.solve(reached.state)
         data = artifact.to_bytes() if artifact else None
@@ -368,8 +372,8 @@ class Replay:
         fault = find_fault(self.blobs, digest)
         if fault is None:
             return True
-        if fault == "erased":
-            self._report(seq, what, digest, fault, "erased")
+        if fault == "erased" or (fault == "missing" and digest in self.given_up):
+            self._report(seq, what, digest, fault, "erased" if fault == "erased" else "archived")
         elif data is None:
             self._report(seq, what, digest, fault, "lost")
         elif digest_of(data) != digest:
@@ -385,6 +389,9 @@ class Replay:
     def _report(self, seq: int, what: str, digest: str, fault: str, state: FindingState) -> None:
         if digest not in self._gone:
             self._gone[digest] = state
+            if state == "archived":
+                self.archived.append(seq)
+                return
             self._note(seq, what, state, describe_fault(fault, state), digest)
 
     def _note(self, seq: int, what: str, state: FindingState, detail: str, digest: str | None = None) -> None:

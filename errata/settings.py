@@ -68,6 +68,21 @@ class EvaluateSettings(_Section):
     """Padded tokens per forward pass. On a CPU larger batches leave the cache and get slower; on a GPU raise it."""
 
 
+class KeepSettings(_Section):
+    """Versions that keep their weights besides champion, challenger and pinned ones. The others keep all that their weights can be made
+    from again."""
+
+    recent: int = Field(default=20, ge=1)
+    """So many of the newest."""
+    daily_days: int = Field(default=30, ge=0)
+    """The last one of each day (UTC), for so many days back from the newest commit."""
+
+
+class GcSettings(_Section):
+    grace_hours: float = Field(default=24.0, ge=1.0)
+    """How long an object must have been of no use, by the storage's own clock, before it is deleted. Longer than any run takes."""
+
+
 class MlflowSettings(_Section):
     tracking_uri: str | None = None
     """None: `MLFLOW_TRACKING_URI` where set, else a SQLite store inside a local root, else `mlflow.db` in the working directory."""
@@ -101,6 +116,8 @@ class Settings(BaseSettings):
     apply: ApplySettings = ApplySettings()
     gate: GateSettings = GateSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    keep: KeepSettings = KeepSettings()
+    gc: GcSettings = GcSettings()
     mlflow: MlflowSettings = MlflowSettings()
     policy: PolicySettings = PolicySettings()
 

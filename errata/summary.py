@@ -116,3 +116,20 @@ class ErasureSummary(BaseModel):
     """Everything is deleted; else the storage failed, and any command that opens the stream goes on with it."""
     remains: tuple[str, ...]
     """Keys of the stream that still quote a subject or a prompt of theirs: other edits of the same subject, remarks in commits."""
+
+
+class CollectionSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str
+    dry_run: bool
+    deleted: dict[str, tuple[int, int]]
+    """Category → objects and bytes that were deleted, or would be."""
+    waiting: dict[str, tuple[int, int]]
+    """The same of what nothing needs, and has not been of no use for long enough."""
+    stale: int
+    """Checkpoints and hints that were removed, or would be."""
+    archived: int
+    """Versions whose weights are given up."""
+    hidden: int
+    """Versions of these whose weights were taken out of MLflow now."""

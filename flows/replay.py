@@ -8,6 +8,7 @@ from errata.errors import ConflictError
 from errata.findings import RebuildReport
 from errata.summary import CompactionSummary
 from tasks.compacting import compact_sums
+from tasks.keeping import restore_version
 from tasks.projecting import project_versions
 from tasks.replaying import replay_log
 
@@ -27,6 +28,8 @@ def rebuild(stream: str = "main", to: int | None = None, check: bool = False) ->
         What was compared and found. That something is lost, or differs, is a result; storage that fails is raised.
     """
     report = replay_log(stream, to, check)
+    if to is not None and not check and report.sound:
+        restore_version(stream, report.to)
     if report.commit is not None:
         project_versions(stream)
     return report

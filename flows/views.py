@@ -299,6 +299,8 @@ def build_rebuild(facts: Facts) -> RenderableType:
         ("weights", (compared or "none compared") + (f"; at most {facts['worst']:.1e} apart" if facts["worst"] else "")),
         ("took", f"{facts['seconds']:.1f} s"),
     ]
+    if facts["archived"]:
+        rows.append(("archived", f"{len(facts['archived'])} versions whose weights are given up; `errata rebuild --to` makes them again"))
     if facts["unverified"]:
         rows.append(("not compared", f"commits {', '.join(map(str, facts['unverified']))}: something before them is lost"))
     if facts["commit"] is not None:

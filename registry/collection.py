@@ -30,6 +30,7 @@ from typing import NamedTuple
 from errata.edits import canonical_json
 from errata.errors import ConflictError, KeyMissingError, StorageError
 from registry.checkpoints import Checkpoint
+from registry.erased import read_erasures
 from registry.events import Commit, read_formatted
 from registry.fold import Head
 from registry.history import Break, History, is_accepted, list_layers, list_named
@@ -94,7 +95,9 @@ def survey_stream(history: History, recent: int, daily_days: int, now: datetime,
     broken: Break | None = history.find_break(head)
     if broken or head is None:
         reason = broken.reason if broken else "no commit"
-        raise StorageError(f"stream {history.name!r}: expected a whole log, found it broken ({reason}); `errata rebuild --check` tells more")
+        raise StorageError(
+            f"stream {history.name!r}: expected a whole log, found it broken ({reason}); `errata rebuild --check` tells more"
+        )
     accepted = [Accepted(commit.seq, commit.time) for commit, _ in commits if is_accepted(commit)]
     pinned = {seq: text for seq, (text, _) in open_pins(history.storage, history.name).read().items()}
     survey = Survey(head, choose_kept(accepted, head, pinned, recent, daily_days), accepted=[item.seq for item in accepted])
@@ -102,6 +105,9 @@ def survey_stream(history: History, recent: int, daily_days: int, now: datetime,
         _note_commit(history, survey, commit)
     for digest in survey.needed.keys() & survey.given_up.keys():
         del survey.given_up[digest]
+    for erasure in read_erasures(history.storage, history.key("")):
+        stand_ins = [gone.by for gone in erasure.record.objects] + [waiting.by for waiting in erasure.record.inbox]
+        survey.needed |= {digest: Use("erasure", f"commit {erasure.record.seq}") for digest in (erasure.digest, *stand_ins) if digest}
     _note_checkpoints(history, survey, now, grace)
     _note_hints(history, survey, now, grace)
     return survey
@@ -110,9 +116,6 @@ def survey_stream(history: History, recent: int, daily_days: int, now: datetime,
 def _note_commit(history: History, survey: Survey, commit: Commit) -> None:
     for what, digest in list_named(commit):
         survey.needed.setdefault(digest, Use(what, f"commit {commit.seq}"))
-    erased = getattr(commit, "erased", None)
-    if erased is not None:
-        survey.needed.setdefault(erased, Use("erasure", f"commit {commit.seq}"))
     if commit.manifest is None:
         return
     survey.needed.setdefault(commit.manifest, Use("manifest", f"commit {commit.seq}"))
@@ -151,7 +154,7 @@ def _note_hints(history: History, survey: Survey, now: datetime, grace: timedelt
 def find_garbage(history: History, survey: Survey, now: datetime, grace: timedelta) -> Iterator[Candidate]:
     """The objects that nothing needs, in the order of their digests."""
     archived = open_archived(history.storage, history.name).read()
-    for entry in history.objects.list():
+    for entry in history.objects.list_all():
         if entry.key in survey.needed:
             continue
         age = now - entry.modified
@@ -202,6 +205,19 @@ def delete_stale(history: History, survey: Survey) -> int:
     return len(survey.stale) + len(dead)
 
 
+def list_given_up(history: History, wanted: int | None) -> frozenset[str]:
+    """Weights that only archived versions need, and not the commit `wanted`: they may be missing."""
+    archived = open_archived(history.storage, history.name).read().keys() - {wanted}
+    if not archived:
+        return frozenset()
+    needed, given_up = set[str](), set[str]()
+    for commit, _ in history.walk():
+        if is_accepted(commit) and commit.manifest is not None and history.objects.exists(commit.manifest):
+            weights = {digest for what, digest in list_layers(history.objects.get_json(commit.manifest)) if what in _WEIGHTS}
+            (given_up if commit.seq in archived else needed).update(weights)
+    return frozenset(given_up - needed)
+
+
 def secure_objects(storage: Storage, objects: ObjectStore, notes: str, named: Mapping[str, str]) -> None:
     """Make sure, right before a commit, that every object it names is there and stays: the steps 1 to 3 above.
 
@@ -217,9 +233,9 @@ def secure_objects(storage: Storage, objects: ObjectStore, notes: str, named: Ma
     renewed = {}
     for name, digest in named.items():
         entry = objects.find(digest)
-        if entry is None:
+        if entry is None and not objects.exists(digest):  # an erased one has another that stands in for it
             raise KeyMissingError(f"expected {name} as object {digest}, found none")
-        if now - entry.modified >= RENEW_AFTER:
+        if entry is not None and now - entry.modified >= RENEW_AFTER:
             objects.renew(digest)
             renewed[name] = digest
     for entry in storage.list(notes):

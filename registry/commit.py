@@ -1,7 +1,7 @@
 """The one step that changes a stream. Everything a commit names is stored before; after it nothing is needed any more.
 
 objects (batch, outcomes, pairs, manifest, report, raw files)    content-addressed: harmless if we stop here
-→ requirements: the head is the one we started from; every object is there; the changes fit the tables
+→ requirements: the head is the one we started from; every object is there, and safe from collection; the changes fit the tables
 → commits/<seq>.json, created only if absent                     this is the commit
 → tables, checkpoint, inbox                                      made again by whoever comes next, if we stop here
 """
@@ -10,6 +10,7 @@ import logging
 import sqlite3
 
 from errata.errors import ConflictError, KeyMissingError, StorageError
+from registry.collection import secure_objects
 from registry.events import (
     AcceptedCommit,
     Commit,
@@ -23,6 +24,7 @@ from registry.events import (
     write_commit,
 )
 from registry.fold import ASIDE, HELD, Changes, EditRow, Head, Move, derive_changes
+from registry.history import list_layers
 from registry.stream import Stream
 
 CHECKPOINT_EVERY = 10
@@ -85,9 +87,14 @@ def _check_objects(stream: Stream, draft: Commit) -> None:
     }
     if isinstance(draft, CompactionCommit):
         named["live list"] = draft.live
-    for name, digest in named.items():
-        if digest is not None and not stream.objects.exists(digest):
-            raise KeyMissingError(f"{draft.name}: expected {name} as object {digest}, found none")
+    present = {name: digest for name, digest in named.items() if digest is not None}
+    try:
+        if draft.manifest is not None and stream.objects.exists(draft.manifest):
+            layers = enumerate(list_layers(stream.objects.get_json(draft.manifest)))
+            present |= {f"{what} ({number}) of the manifest": digest for number, (what, digest) in layers}
+        secure_objects(stream.storage, stream.objects, stream.key("gc/"), present)
+    except KeyMissingError as error:
+        raise KeyMissingError(f"{draft.name}: {error}") from None
 
 
 def _check_changes(stream: Stream, draft: Commit, parent: Head) -> None:

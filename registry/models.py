@@ -19,7 +19,7 @@ import numpy as np
 
 from errata.edits import digest_of
 from errata.errors import ErrataError, RegistryError, UnknownNameError
-from registry.release import Release, Version, copy_code, list_requirements, tag_release, write_version
+from registry.release import Release, Version, copy_code, list_requirements, name_weights, tag_release, write_version
 
 # MLflow reads these while it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -31,6 +31,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -230,12 +231,35 @@ class ModelRegistry:
                 get_artifact_repository(self._client.get_run(version.run).info.artifact_uri).delete_artifacts("report.json")  # type: ignore[no-untyped-call]
                 self._client.log_text(version.run, report.decode(), "report.json")
             if weights:
-                source = self._client.get_model_version_download_uri(version.stream, str(version.number))
-                store = get_artifact_repository(f"{source}/artifacts/version")
-                for item in store.list_artifacts():
-                    if item.path.endswith(".safetensors"):
-                        store.delete_artifacts(item.path)  # type: ignore[no-untyped-call]
+                self._remove_weights(version)
             self._client.set_model_version_tag(version.stream, str(version.number), "errata.erased", str(erasure))
+
+    def archive_version(self, version: Version, told: str) -> None:
+        """Remove a version's weights and say in its tag `errata.archived` how to get them back. Safe to repeat."""
+        with self._reporting(f"archive {version.uri}"):
+            self._client.set_model_version_tag(version.stream, str(version.number), "errata.archived", told)
+            self._remove_weights(version)
+
+    def restore_version(self, version: Version, weights: Sequence[bytes]) -> None:
+        """Give an archived version its weights again, in order of application. Safe to repeat."""
+        with self._reporting(f"restore {version.uri}"), tempfile.TemporaryDirectory() as temporary:
+            store = self._open_weights(version)
+            for name, data in name_weights(weights):
+                Path(temporary, name).write_bytes(data)
+                store.log_artifact(str(Path(temporary, name)))  # type: ignore[no-untyped-call]
+            if "errata.archived" in version.tags:
+                self._client.delete_model_version_tag(version.stream, str(version.number), "errata.archived")
+
+    def _remove_weights(self, version: Version) -> None:
+        store = self._open_weights(version)
+        for item in store.list_artifacts():
+            if item.path.endswith(".safetensors"):
+                store.delete_artifacts(item.path)  # type: ignore[no-untyped-call]
+
+    def _open_weights(self, version: Version) -> ArtifactRepository:
+        """Where the weights of a version lie."""
+        source = self._client.get_model_version_download_uri(version.stream, str(version.number))
+        return get_artifact_repository(f"{source}/artifacts/version")
 
     def _find_tagged(self, stream: str, commit: int) -> Version | None:
         # The oldest counts: a second one can only come from a racing projector, which removes its own again.

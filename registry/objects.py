@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from errata.edits import canonical_json, digest_of
 from errata.errors import ErasedError, KeyExistsError, KeyMissingError, ObjectCorruptError, StorageError
 from registry.erased import ErasureMap
-from registry.storage.base import Storage
+from registry.storage.base import Entry, Storage
 
 _PARSED = 500
 """Rows parsed at once."""
@@ -100,7 +101,7 @@ class ObjectStore:
         """Remove an object; one that is absent is no error."""
         self._storage.delete(self._key(digest))
 
-    def list(self) -> Iterator[Entry]:
+    def list_all(self) -> Iterator[Entry]:
         """All objects in the order of their digests, which stand in place of the keys."""
         for entry in self._storage.list(f"{self._prefix}/"):
             yield replace(entry, key=entry.key.removeprefix(f"{self._prefix}/"))

@@ -98,13 +98,17 @@ def write_version(work: Path, release: Release, reference: Mapping[str, str | No
     folder = work / "version"
     folder.mkdir()
     layers = []
-    for index, data in enumerate(release.artifacts):
-        name = f"{index}.safetensors"
+    for name, data in name_weights(release.artifacts):
         (folder / name).write_bytes(data)
         layers.append({"file": name, "digest": digest_of(data)})
     record = {"format": 1, "stream": release.stream, "commit": release.commit, "manifest": release.manifest, "recipe": release.recipe}
     (folder / "version.json").write_text(json.dumps({**record, "base": reference, "layers": layers}, indent=1, sort_keys=True))
     return folder
+
+
+def name_weights(weights: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    """The files of a version's weights, in order of application."""
+    return [(f"{index}.safetensors", data) for index, data in enumerate(weights)]
 
 
 def copy_code(work: Path) -> Path:

@@ -19,6 +19,7 @@ from errata.monitors.norms import NormPoint, plot_norms
 from errata.report import Report
 from errata.settings import Settings
 from registry.events import AcceptedCommit
+from registry.keeping import open_archived
 from registry.models import ModelRegistry
 from registry.release import Release, Version, resolve_tracking
 from registry.stream import Stream
@@ -91,7 +92,8 @@ def find_unshown(stream: Stream, registry: ModelRegistry, everything: bool) -> l
     else:
         newest = registry.find_newest(stream.name)
         candidates = list(range(newest.commit + 1 if newest else 1, stream.head.seq + 1))
-    commits = map(stream.log.read, candidates)
+    archived = open_archived(stream.storage, stream.name).read() if everything else {}
+    commits = [stream.log.read(seq) for seq in candidates if seq not in archived]
     return [commit for commit in commits if isinstance(commit, AcceptedCommit)]
 
 

@@ -14,6 +14,7 @@ from errata.findings import Finding, FindingState, RebuildReport, describe_fault
 from errata.manifests import PairRef, read_refs, sort_refs
 from errata.replay import Entry, Remade, Replay, Step
 from errata.settings import Settings, load_settings
+from registry.collection import list_given_up
 from registry.commit import commit as make_commit
 from registry.erased import Erasure, finish_erasures, read_erasures
 from registry.events import (
@@ -83,7 +84,8 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
     if last > head.seq and not findings:
         raise UnknownNameError(f"commit: expected 0 to {head.seq} in stream {history.name!r}, found {to}")
     model = load_named(settings, history.storage, head.base, head.profile, head.editors[0])
-    replay = Replay(history.objects, model.editor, head.base, head.profile, _remember_steps(history), mend=not check)
+    given_up = list_given_up(history, None if to is None else goal)
+    replay = Replay(history.objects, model.editor, head.base, head.profile, _remember_steps(history), mend=not check, given_up=given_up)
     remade: Remade | None = None
     reported: set[str] = set()
     parent = 0
@@ -110,6 +112,7 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
         compared=dict(replay.compared),
         worst=replay.worst,
         unverified=tuple(replay.unverified),
+        archived=tuple(sorted(set(replay.archived))),
         findings=(*replay.findings, *findings),
         commit=made,
         seconds=round(time.perf_counter() - begun, 3),

@@ -4,7 +4,7 @@ import re
 import time
 
 from errata.candidates import build_candidate, load_artifacts
-from errata.errors import EditorError, KeyMissingError
+from errata.errors import EditorError, InputError, KeyMissingError
 from errata.evaluation.consistency import measure_consistency
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.exactness import measure_exactness
@@ -16,6 +16,7 @@ from errata.rounds import Round
 from errata.summary import RollbackSummary, WithdrawalSummary
 from errata.world import FILLER
 from registry.events import Commit, Outcome, RejectionCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
+from registry.keeping import open_archived
 from registry.orders import WithdrawalOrder
 from registry.prepared import forget_pairs
 from registry.stream import Stream
@@ -240,4 +241,6 @@ def _require_objects(stream: Stream, seq: int, manifest: Manifest) -> None:
     for layer in manifest.layers:
         for digest in (layer.artifact, layer.state.snapshot, *layer.state.pairs_since):
             if digest is not None and not stream.objects.exists(digest):
+                if seq in open_archived(stream.storage, stream.name):
+                    raise InputError(f"rollback: expected weights of commit {seq}, found it archived; `errata rebuild --to {seq}` first")
                 raise KeyMissingError(f"rollback: expected commit {seq} with everything its manifest names, found no object {digest}")

@@ -62,3 +62,15 @@ def test_two_writers_of_one_object_both_succeed(open_again: Callable[[], Storage
     first, second = ObjectStore(open_again(), "objects"), ObjectStore(open_again(), "objects")
     second.exists = lambda digest: False  # type: ignore[method-assign]
     assert first.put(b"same") == second.put(b"same")
+
+
+def test_what_is_put_again_is_renewed(objects: ObjectStore, monkeypatch: pytest.MonkeyPatch, storage: Storage) -> None:
+    renewed: list[str] = []
+    monkeypatch.setattr(type(storage), "renew", lambda _, key: renewed.append(key))
+    digest = objects.put(b"some bytes")
+    assert renewed == []
+    objects.put(b"some bytes")
+    assert renewed == [f"objects/{digest}"]
+    assert [(entry.key, entry.size) for entry in objects.list_all()] == [(digest, 10)]
+    objects.delete(digest)
+    assert objects.find(digest) is None

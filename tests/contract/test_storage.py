@@ -1,5 +1,6 @@
 """What every storage promises."""
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -8,7 +9,7 @@ from threading import Barrier
 import pytest
 
 from errata.errors import InputError, KeyExistsError, KeyMissingError, StorageError, UnsafeStorageError
-from registry.storage.base import Entry, Storage, check_create_if_absent, open_storage
+from registry.storage.base import Entry, Storage, check_create_if_absent, open_storage, read_clock
 from registry.storage.memory import MemoryStorage
 
 RACERS = 16
@@ -139,3 +140,34 @@ def test_the_probe_refuses_a_storage_that_overwrites(kind: type[MemoryStorage]) 
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(InputError, match="root: expected"):
         open_storage(url)
+
+
+def test_one_value_is_found_as_a_listing_shows_it(storage: Storage) -> None:
+    assert storage.find("a/b") is None
+    storage.create("a/b", b"four")
+    found = storage.find("a/b")
+    assert found == next(storage.list("a/")) and found is not None and (found.key, found.size) == ("a/b", 4)
+
+
+def test_a_renewed_value_is_young_and_the_same(storage: Storage) -> None:
+    storage.create("a", b"first")
+    before = storage.find("a")
+    assert before is not None
+    end = time.monotonic() + 5.0
+    while (now := storage.find("a")) is not None and now.modified == before.modified and time.monotonic() < end:
+        time.sleep(0.2)  # S3 tells whole seconds
+        storage.renew("a")
+    assert now is not None and now.modified > before.modified
+    assert storage.read("a") == b"first"
+    with pytest.raises(KeyExistsError):
+        storage.create("a", b"second")
+    with pytest.raises(KeyMissingError):
+        storage.renew("b")
+
+
+def test_the_clock_is_the_storages_own_and_leaves_nothing(storage: Storage) -> None:
+    first = read_clock(storage)
+    storage.create("a", b"1")
+    made = storage.find("a")
+    assert made is not None and first <= made.modified <= read_clock(storage)
+    assert [entry.key for entry in storage.list("")] == ["a"]

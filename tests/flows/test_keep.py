@@ -1,0 +1,123 @@
+"""Versions that are archived and come back, objects that are collected, and what people are told of both."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from errata.edits import Edit
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+Make = Callable[..., Edit]
+
+
+def grow_old(desk: Any, days: float) -> None:
+    """Everything stored becomes older, by the file system's clock."""
+    for path in (desk.root / "streams").rglob("*"):
+        if path.is_file():
+            moment = path.stat().st_mtime - days * 86_400
+            os.utime(path, (moment, moment))
+
+
+@pytest.fixture
+def narrow(desk: Any, make_edit: Make, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Four versions, of which the newest is kept."""
+    monkeypatch.setenv("ERRATA_KEEP__RECENT", "1")
+    monkeypatch.setenv("ERRATA_KEEP__DAILY_DAYS", "0")
+    monkeypatch.setenv("ERRATA_APPLY__SNAPSHOT_EVERY", "2")
+    for person in range(4):
+        desk.submit(str(person), make_edit(person, answer=person))
+        desk.apply()
+    return desk
+
+
+def artifact(desk: Any, seq: int) -> str:
+    (digest,) = desk.read_manifest(seq).artifacts
+    return str(digest)
+
+
+def test_an_archived_version_loses_its_weights_and_gets_them_back(
+    narrow: Any, make_edit: Make, ask: Callable[[Edit], str], errata: Callable[..., Any]
+) -> None:
+    desk, objects = narrow, narrow.open().objects
+    assert "commit 2 is pinned" in errata("pin", "2", "--reason", "audit").out
+    weights = {seq: objects.get(artifact(desk, seq)) for seq in range(1, 5)}
+    first = errata("gc", "--json").json
+    assert (first["archived"], first["deleted"]) == (2, {}), "nothing goes at once"
+    grow_old(desk, 2)
+    dry = errata("gc", "--dry-run", "--json").json
+    done = errata("gc", "--json").json
+    assert dry["deleted"] == done["deleted"] and done["deleted"]["archived version"][0] >= 2 and done["hidden"] == 2
+    assert [objects.exists(artifact(desk, seq)) for seq in range(1, 5)] == [False, True, False, True]
+    versions = desk.versions()
+    assert [seq for seq in versions if "errata.archived" in versions[seq].tags] == [3, 1]
+    assert "rebuild --stream main --to 1" in versions[1].tags["errata.archived"]
+    assert not list((desk.root / "mlartifacts").rglob(f"*{artifact(desk, 1)}*"))
+
+    # Nobody takes it for damage; who wants it back is told how.
+    checked = errata("rebuild", "--check")
+    assert checked.code == 0 and "2 versions whose weights are given up" in checked.out
+    mended = errata("rebuild", "--json")
+    assert mended.code == 0 and mended.json["findings"] == [] and not objects.exists(artifact(desk, 1))
+    refused = errata("rollback", "1", "--yes")
+    assert (refused.code, "found it archived; `errata rebuild --to 1` first" in refused.err) == (2, True)
+    assert errata("pin", "3").code == 2
+    assert errata("repair").code == 0
+
+    assert errata("rebuild", "--to", "1").code == 0
+    assert objects.get(artifact(desk, 1)) == weights[1], "bit for bit"
+    version = desk.versions()[1]
+    assert "errata.archived" not in version.tags and desk.open_registry().read_artifacts(version) == [weights[1]]
+    desk.roll_back(1)
+    assert [ask(make_edit(0)), desk.live()] == ["Paris", {make_edit(0).edit_id: "Paris"}]
+    desk.submit("next", make_edit(5))
+    assert [summary.decision for summary in desk.apply()] == ["accept"]
+    assert errata("rebuild", "--check").code == 0
+
+
+def test_du_says_what_is_there_and_pins_are_taken_back(narrow: Any, errata: Callable[..., Any]) -> None:
+    rows = errata("du", "--json").json
+    categories = {row["category"] for row in rows}
+    assert {
+        "pairs",
+        "batch",
+        "outcomes",
+        "file",
+        "report",
+        "manifest",
+        "artifact",
+        "change list",
+        "archived version",
+        "commits",
+    } <= categories
+    stored = sum(path.stat().st_size for path in (narrow.root / "streams/main/objects").iterdir())
+    named = ("commits", "checkpoints", "inbox", "prepared")
+    assert sum(row["bytes"] for row in rows if row["category"] not in named) == stored
+    assert "newest" in errata("du").out or "champion" in errata("du").out
+    assert "nothing is pinned" in errata("pin").out
+    errata("pin", "head~1")
+    assert [row["commit"] for row in errata("pin", "--json").json] == [3]
+    assert errata("unpin", "3").code == 0
+    again = errata("unpin", "3")
+    assert (again.code, "expected a pinned commit (none), found 3" in again.err) == (2, True)
+
+
+def test_a_collection_beside_a_run_takes_nothing_from_it(narrow: Any, make_edit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a batch's last stage and its commit the garbage is collected; what the run has stored is young."""
+    import flows.edit
+    from flows.keep import collect_garbage
+
+    commit = flows.edit.commit_batch
+
+    def collect_first(*arguments: Any) -> Any:
+        collect_garbage("main")
+        return commit(*arguments)
+
+    narrow.submit("late", make_edit(7))
+    grow_old(narrow, 3)
+    time.sleep(0.01)
+    monkeypatch.setattr(flows.edit, "commit_batch", collect_first)
+    assert [summary.decision for summary in narrow.apply()] == ["accept"]
