@@ -26,53 +26,11 @@ from errata.edits import digest_of
 from errata.errors import BaseMismatchError, EditorError, KeyMissingError, ObjectCorruptError
 from errata.exactness import RELATIVE, measure_gap
 from errata.findings import Finding, FindingState, describe_fault, find_fault
-from errata.manifests import Layer, Manifest, PairRef
+from errata.manifests import Layer, Manifest
+from errata.steps import Entry, Point, Remade, Step, list_named
 
 ROUNDING = 2.0**-23
 """As `RELATIVE`, for weights that were stored in float32."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one commit does to the state, as its outcomes say it."""
-
-    remove: tuple[PairRef, ...] = ()
-    add: tuple[PairRef, ...] = ()
-    fresh: bool = False
-    """The state begins anew: it is the sum of `add`, all that is live."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One accepted commit."""
-
-    seq: int
-    parent: int
-    """The accepted commit before."""
-    manifest: str
-    restates: int | None = None
-    """The commit whose state it takes over; else what it did is asked for."""
-    rebuilt: bool = False
-    """Its objects stand in for those of the commit before, of which some are gone."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where the replay stands after a commit."""
-
-    state: Any
-    recipe: str
-    manifest: Manifest | None
-    """None where it is lost and cannot be made again."""
-
-
-@dataclass(frozen=True)
-class Remade:
-    """The state of a commit in new objects, where some of its own are gone for good."""
-
-    manifest: str
-    instead_of: frozenset[str]
-    """Digests that nobody needs any more."""
 
 
 @dataclass
@@ -396,10 +354,3 @@ class Replay:
 
     def _note(self, seq: int, what: str, state: FindingState, detail: str, digest: str | None = None) -> None:
         self.findings.append(Finding(commit=seq, what=what, state=state, detail=detail, digest=digest))
-
-
-def list_named(digest: str, manifest: Manifest | None) -> set[str]:
-    """A manifest's own digest and those that it names."""
-    states = [layer.state for layer in manifest.layers] if manifest else []
-    named = {digest, *(manifest.artifacts if manifest else ())}
-    return named | {name for state in states for name in (state.snapshot, *state.pairs_since) if name}

@@ -36,7 +36,7 @@ from registry.fold import Head
 from registry.history import Break, History, is_accepted, list_layers, list_named
 from registry.keeping import Accepted, choose_kept, open_archived, open_pins
 from registry.objects import ObjectStore
-from registry.storage.base import Entry, Storage, read_clock
+from registry.storage.base import PROBES, Entry, Storage, read_clock
 
 RENEW_AFTER = timedelta(minutes=30)
 """Age at which a writer renews what it is about to commit; far below the shortest grace."""
@@ -145,10 +145,9 @@ def _note_checkpoints(history: History, survey: Survey, now: datetime, grace: ti
 def _note_hints(history: History, survey: Survey, now: datetime, grace: timedelta) -> None:
     for entry in history.storage.list(history.key("prepared/")):
         if now - entry.modified >= max(grace, _HINTS_LAST):
-            survey.stale.append(entry)
-        else:
-            digest = entry.key.rpartition("/")[2].removesuffix(".json")
-            survey.needed.setdefault(digest, Use("pairs", "prepared, not committed yet"))
+            survey.stale.append(entry)  # The hint goes first, its pairs with the next collection.
+        digest = entry.key.rpartition("/")[2].removesuffix(".json")
+        survey.needed.setdefault(digest, Use("pairs", "prepared, not committed yet"))
 
 
 def find_garbage(history: History, survey: Survey, now: datetime, grace: timedelta) -> Iterator[Candidate]:
@@ -197,9 +196,10 @@ def _read_on(history: History, survey: Survey) -> None:
 
 
 def delete_stale(history: History, survey: Survey) -> int:
-    """Remove checkpoints and hints of no use, and notes of collections that died; how many."""
+    """Remove checkpoints and hints of no use, and what killed processes left: collections' notes, probes of the clock; how many."""
     now = read_clock(history.storage)
-    dead = [entry for entry in history.storage.list(history.key("gc/")) if now - entry.modified >= _NOTE_COUNTS]
+    left = [entry for prefix in (history.key("gc/"), PROBES) for entry in history.storage.list(prefix)]
+    dead = [entry for entry in left if now - entry.modified >= _NOTE_COUNTS]
     for entry in (*survey.stale, *dead):
         history.storage.delete(entry.key)
     return len(survey.stale) + len(dead)

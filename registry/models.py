@@ -9,31 +9,23 @@ import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-
-from errata.edits import digest_of
-from errata.errors import ErrataError, RegistryError, UnknownNameError
-from registry.release import Release, Version, copy_code, list_requirements, name_weights, tag_release, write_version
-
-# MLflow reads these while it is imported.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-
 from mlflow import MlflowClient, artifacts, pyfunc, set_tracking_uri
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+from errata.edits import digest_of
+from errata.errors import ErrataError, RegistryError, UnknownNameError
+from registry.packaging import build_model
+from registry.release import Release, Version, name_weights, tag_release
 
 CHAMPION = "champion"
 _PLOT = "norms.png"
@@ -42,21 +34,6 @@ _LOOKED_AT = 20
 """Newest versions among which one of ours is expected; others are half registered, or somebody else's."""
 
 _Found = TypeVar("_Found")
-
-_SIGNATURE = ModelSignature(
-    # Without a column name, lists, arrays, series and frames are all taken as they are.
-    inputs=Schema([ColSpec("string")]),
-    outputs=Schema([ColSpec("string")]),
-    params=ParamSchema(
-        [
-            ParamSpec("max_new_tokens", "long", 32),
-            ParamSpec("temperature", "double", 0.0),
-            ParamSpec("top_p", "double", 1.0),
-            ParamSpec("seed", "long", None),
-            ParamSpec("with_commit", "boolean", False),
-        ]
-    ),
-)
 
 
 class ModelRegistry:
@@ -313,7 +290,7 @@ class ModelRegistry:
         tags = {"errata.commit": str(release.commit)}
         model = self._client.create_logged_model(run.info.experiment_id, f"commit-{release.commit}", run.info.run_id, tags)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = _build_model(Path(temporary), release, reference, run.info.run_id, model.model_id)
+            folder = build_model(Path(temporary), release, reference, run.info.run_id, model.model_id)
             self._client.log_model_artifacts(model.model_id, str(folder))
         self._client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=release.commit)])
         return self._client.finalize_logged_model(model.model_id, "READY")
@@ -403,21 +380,3 @@ def _describe(version: ModelVersion | None) -> Version | None:
         return None
     tags = {key: value for key, value in version.tags.items() if key.startswith("errata.")}
     return Version(version.name, int(version.version), int(tags["errata.commit"]), version.run_id or "", tags)
-
-
-def _build_model(work: Path, release: Release, reference: Mapping[str, str | None], run_id: str, model_id: str) -> Path:
-    """The version's folder in MLflow's format: the record and artifacts of the commit, and code that loads them anywhere."""
-    folder = work / "model"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # advice to give an input example, which MLflow would load the whole model to try
-        pyfunc.save_model(
-            path=str(folder),
-            python_model=str(copy_code(work)),
-            artifacts={"version": str(write_version(work, release, reference))},
-            code_paths=[str(work / "errata")],
-            model_config={"device": "auto"},
-            signature=_SIGNATURE,
-            pip_requirements=list_requirements(),
-            mlflow_model=Model(run_id=run_id, model_id=model_id),
-        )
-    return folder

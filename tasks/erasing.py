@@ -8,9 +8,9 @@ from errata.candidates import load_state, read_pairs
 from errata.editors.base import Pairs
 from errata.edits import Submission
 from errata.errors import ErasedError, InputError, StorageError
+from errata.exactness import RELATIVE, measure_gap
 from errata.manifests import Layer, Manifest, PairRef, StateRef
 from errata.readers.files import read_lines
-from errata.replay import RELATIVE, measure_gap
 from errata.settings import Settings
 from errata.summary import ErasureSummary
 from registry.commit import commit

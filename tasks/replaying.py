@@ -12,8 +12,9 @@ from errata.edits import digest_of
 from errata.errors import ConflictError, FormatError, KeyMissingError, ObjectCorruptError, UnknownNameError
 from errata.findings import Finding, FindingState, RebuildReport, describe_fault, find_fault
 from errata.manifests import PairRef, read_refs, sort_refs
-from errata.replay import Entry, Remade, Replay, Step
+from errata.replay import Replay
 from errata.settings import Settings, load_settings
+from errata.steps import Entry, Remade, Step
 from registry.collection import list_given_up
 from registry.commit import commit as make_commit
 from registry.erased import Erasure, finish_erasures, read_erasures

@@ -14,6 +14,8 @@ from errata.errors import InputError, KeyExistsError, StorageError, UnsafeStorag
 
 MEMORY_SCHEME = "memory://"
 S3_SCHEME = "s3://"
+PROBES = "probes/"
+"""Values that are deleted right after they were stored; those that stay were left by processes that died."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def read_clock(storage: Storage) -> datetime:
     Raises:
         StorageError: the storage cannot be written.
     """
-    key = f"probes/{uuid.uuid4().hex}"
+    key = f"{PROBES}{uuid.uuid4().hex}"
     storage.create(key, b"clock")
     try:
         found = storage.find(key)
@@ -144,7 +146,7 @@ def check_create_if_absent(storage: Storage) -> None:
         UnsafeStorageError: the second creation succeeded.
         StorageError: the storage cannot be written.
     """
-    key = f"probes/{uuid.uuid4().hex}"
+    key = f"{PROBES}{uuid.uuid4().hex}"
     try:
         storage.create(key, b"first")
         try:

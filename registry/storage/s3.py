@@ -18,7 +18,7 @@ from registry.storage.base import S3_SCHEME, Entry, check_key, is_hidden
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
-    from types_boto3_s3.type_defs import CopySourceTypeDef
+    from types_boto3_s3.type_defs import CopySourceTypeDef, HeadObjectOutputTypeDef
 
 _ATTEMPTS = 5
 _PAUSE = 0.1
@@ -76,16 +76,19 @@ class S3Storage:
             raise self._fault("delete", key, error) from error
 
     def exists(self, key: str) -> bool:
-        return self.find(key) is not None
+        return self._look_for(key) is not None
 
     def find(self, key: str) -> Entry | None:
+        found = self._look_for(key)
+        return Entry(key, found["ContentLength"], found["LastModified"]) if found else None
+
+    def _look_for(self, key: str) -> "HeadObjectOutputTypeDef | None":
         try:
-            found = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+            return self._client.head_object(Bucket=self._bucket, Key=self._name(key))
         except (ClientError, BotoCoreError) as error:
             if _code(error) in _MISSING:
                 return None
             raise self._fault("look for", key, error) from error
-        return Entry(key, found["ContentLength"], found["LastModified"])
 
     def renew(self, key: str) -> None:
         """A copy onto itself, which S3 allows where the metadata change; the bytes never leave the server."""

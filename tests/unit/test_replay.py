@@ -15,11 +15,13 @@ from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments
 from errata.editors.d4s.state import D4SState
 from errata.errors import KeyMissingError
+from errata.exactness import measure_gap
 from errata.findings import find_fault
 from errata.manifests import Manifest, PairRef
 from errata.modeling.layout import LAYOUTS
 from errata.profiles import PrepareOptions, Profile, SolveOptions
-from errata.replay import Entry, Remade, Replay, Step, list_named, measure_gap
+from errata.replay import Replay
+from errata.steps import Entry, Remade, Step, list_named
 from registry.erased import ErasureRecord, Gone, announce
 from registry.objects import ObjectStore
 from registry.storage.memory import MemoryStorage

@@ -54,6 +54,14 @@ class Deadly:
     def exists(self, key: str) -> bool:
         return bool(self._do("exists", key))
 
+    def find(self, key: str) -> Entry | None:
+        found = self._do("find", key)
+        assert found is None or isinstance(found, Entry)
+        return found
+
+    def renew(self, key: str) -> None:
+        self._do("renew", key)
+
     def list(self, prefix: str) -> Iterator[Entry]:
         return iter(self._do("list", prefix))
 

@@ -110,7 +110,7 @@ def test_a_disk_that_is_full_at_any_moment_of_a_commit_loses_nothing(
         assert Stream(storage, "main", None).index.counts() == {"live": 1, "replaced": 1}
         if not failed:
             break
-    assert room == 6, "raw file, pairs, batch, outcomes, manifest, commit"
+    assert room == 7, "raw file, pairs, batch, outcomes, manifest, clock, commit"
 
 
 def test_a_file_system_without_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

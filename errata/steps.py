@@ -1,0 +1,56 @@
+"""The log as a replay reads it, commit by commit, and what it makes of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from errata.manifests import Manifest, PairRef
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one commit does to the state, as its outcomes say it."""
+
+    remove: tuple[PairRef, ...] = ()
+    add: tuple[PairRef, ...] = ()
+    fresh: bool = False
+    """The state begins anew: it is the sum of `add`, all that is live."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One accepted commit."""
+
+    seq: int
+    parent: int
+    """The accepted commit before."""
+    manifest: str
+    restates: int | None = None
+    """The commit whose state it takes over; else what it did is asked for."""
+    rebuilt: bool = False
+    """Its objects stand in for those of the commit before, of which some are gone."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the replay stands after a commit."""
+
+    state: Any
+    recipe: str
+    manifest: Manifest | None
+    """None where it is lost and cannot be made again."""
+
+
+@dataclass(frozen=True)
+class Remade:
+    """The state of a commit in new objects, where some of its own are gone for good."""
+
+    manifest: str
+    instead_of: frozenset[str]
+    """Digests that nobody needs any more."""
+
+
+def list_named(digest: str, manifest: Manifest | None) -> set[str]:
+    """A manifest's own digest and those that it names."""
+    states = [layer.state for layer in manifest.layers] if manifest else []
+    named = {digest, *(manifest.artifacts if manifest else ())}
+    return named | {name for state in states for name in (state.snapshot, *state.pairs_since) if name}

@@ -1,0 +1,44 @@
+"""A version's folder in MLflow's format, which loads wherever MLflow does."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlflow import pyfunc
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+from registry.release import Release, copy_code, list_requirements, write_version
+
+_SIGNATURE = ModelSignature(
+    # Without a column name, lists, arrays, series and frames are all taken as they are.
+    inputs=Schema([ColSpec("string")]),
+    outputs=Schema([ColSpec("string")]),
+    params=ParamSchema(
+        [
+            ParamSpec("max_new_tokens", "long", 32),
+            ParamSpec("temperature", "double", 0.0),
+            ParamSpec("top_p", "double", 1.0),
+            ParamSpec("seed", "long", None),
+            ParamSpec("with_commit", "boolean", False),
+        ]
+    ),
+)
+
+
+def build_model(work: Path, release: Release, reference: Mapping[str, str | None], run_id: str, model_id: str) -> Path:
+    """The version's folder in MLflow's format: the record and artifacts of the commit, and code that loads them anywhere."""
+    folder = work / "model"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # advice to give an input example, which MLflow would load the whole model to try
+        pyfunc.save_model(
+            path=str(folder),
+            python_model=str(copy_code(work)),
+            artifacts={"version": str(write_version(work, release, reference))},
+            code_paths=[str(work / "errata")],
+            model_config={"device": "auto"},
+            signature=_SIGNATURE,
+            pip_requirements=list_requirements(),
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+        )
+    return folder
