@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
+from errata.edits import digest_of
+from errata.errors import ErrataError, RegistryError, UnknownNameError
+from registry.packaging import build_model
+from registry.release import Release, Version, name_weights, tag_release
+
+# isort: split
+# After `packaging`, which sets what MLflow reads while it is imported.
 from mlflow import MlflowClient, artifacts, pyfunc, set_tracking_uri
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-from errata.edits import digest_of
-from errata.errors import ErrataError, RegistryError, UnknownNameError
-from registry.packaging import build_model
-from registry.release import Release, Version, name_weights, tag_release
 
 CHAMPION = "champion"
 _PLOT = "norms.png"

@@ -1,14 +1,20 @@
 """A version's folder in MLflow's format, which loads wherever MLflow does."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from registry.release import Release, copy_code, list_requirements, write_version
+
+# MLflow reads these while it is imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
 from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
-from registry.release import Release, copy_code, list_requirements, write_version
 
 _SIGNATURE = ModelSignature(
     # Without a column name, lists, arrays, series and frames are all taken as they are.
