@@ -230,6 +230,48 @@ def restart_manifest(editor: Editor[Any], base: str, profile: str, recipe: str, 
     return Manifest(base=base, profile=profile, layers=(layer,), recipe=recipe)
 
 
+def store_restart(blobs: Blobs, editor: Editor[Any], base: str, profile: str, made: Restart) -> Manifest:
+    """Solve a restarted state and store it; its manifest, which is not stored yet.
+
+    Raises:
+        EditorError: the system cannot be solved.
+    """
+    artifact = editor.solve(made.state)
+    weights = artifact.to_bytes() if artifact else None
+    snapshot = made.state.to_bytes() if made.state.count else None
+    for data in (weights, snapshot):
+        if data is not None:
+            blobs.put(data)
+    return restart_manifest(editor, base, profile, made.recipe, weights, snapshot)
+
+
+def build_anew(blobs: Blobs, editor: Editor[Any], base: str, profile: str, refs: Sequence[PairRef]) -> Candidate:
+    """A candidate that stands on no head: the base with these pairs.
+
+    Raises:
+        BaseMismatchError: the pairs are not of this base and profile.
+        EditorError: the system cannot be solved.
+    """
+    made = restart_state(blobs, editor, base, profile, refs)
+    manifest = store_restart(blobs, editor, base, profile, made)
+    fits: dict[str, float] = {}
+    for start in range(0, len(refs), _BLOCK):
+        fits |= _measure_fits(editor, made.state, read_pairs(blobs, refs[start : start + _BLOCK]))
+    return Candidate(manifest, fits)
+
+
+def repack_pairs(blobs: Blobs, refs: Sequence[PairRef]) -> dict[PairRef, PairRef]:
+    """Copy pairs into as few objects as one commit can name; where each lies now."""
+    ordered, places = sort_refs(refs), dict[PairRef, PairRef]()
+    for start in range(0, len(ordered), _BLOCK):
+        block = ordered[start : start + _BLOCK]
+        pairs = read_pairs(blobs, block)
+        assert pairs is not None, "a block has rows"
+        digest = blobs.put(pairs.to_bytes())
+        places |= {ref: PairRef(pairs=digest, row=row) for row, ref in enumerate(block)}
+    return places
+
+
 def load_state(blobs: Blobs, editor: Editor[Any], ref: StateRef) -> Any:
     """The state a manifest names: its snapshot with the change lists since replayed in order, each in one merge as it was made, since
     sums that are formed in other groups differ in their last bits."""

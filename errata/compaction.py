@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from errata.candidates import load_state, restart_manifest, restart_state
+from errata.candidates import load_state, restart_state, store_restart
 from errata.editors.base import Blobs, Editor
 from errata.exactness import measure_gap
 from errata.manifests import Manifest, PairRef
@@ -40,10 +40,4 @@ def compact_state(blobs: Blobs, editor: Editor[Any], head: Manifest, live: Seque
     del before
     made = restart_state(blobs, editor, head.base, head.profile, live)
     gap = measure_gap(editor.solve_exact(made.state), wanted) if made.state.count == count else float("inf")
-    artifact = editor.solve(made.state)
-    weights = artifact.to_bytes() if artifact else None
-    snapshot = made.state.to_bytes() if made.state.count else None
-    for data in (weights, snapshot):
-        if data is not None:
-            blobs.put(data)
-    return Compaction(restart_manifest(editor, head.base, head.profile, made.recipe, weights, snapshot), gap)
+    return Compaction(store_restart(blobs, editor, head.base, head.profile, made), gap)

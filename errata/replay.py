@@ -42,6 +42,7 @@ class Replay:
 
     blobs: Blobs
     editor: Editor[Any]
+    """With `base` and `profile`: where the log begins, then where the last commit's state is."""
     base: str
     profile: str
     read_step: Callable[[int], Step | None]
@@ -91,6 +92,8 @@ class Replay:
             StorageError: the storage fails, which is not the same as an object that is missing or damaged.
         """
         before = self._point
+        if entry.site is not None:
+            self.editor, self.base, self.profile = entry.site.editor, entry.site.base, entry.site.profile
         self._parents[entry.seq] = entry.parent
         if entry.restates is not None:
             self._restated[entry.seq] = entry.restates
@@ -134,7 +137,7 @@ class Replay:
             return None
         try:
             reached = self._merge(self._point, step)
-            if step.fresh and self._point is not None:
+            if step.fresh and self._point is not None and entry.site is None:
                 self._compare_restart(entry.seq, self._point, reached, solve)
             return reached
         except (EditorError, BaseMismatchError) as error:

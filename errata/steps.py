@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from errata.editors.base import Editor
 from errata.manifests import Manifest, PairRef
 
 
@@ -17,6 +18,15 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Site:
+    """What pairs are valid for, and the editor that merges them there."""
+
+    editor: Editor[Any]
+    base: str
+    profile: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """One accepted commit."""
 
@@ -28,6 +38,8 @@ class Entry:
     """The commit whose state it takes over; else what it did is asked for."""
     rebuilt: bool = False
     """Its objects stand in for those of the commit before, of which some are gone."""
+    site: Site | None = None
+    """Where its state is, if not where that of the accepted commit before is."""
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,39 @@ class RollbackSummary(BaseModel):
     live: int
 
 
+class RebaseSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str
+    commit: int | None
+    """Number of the commit, which is a rejection where the gate refused; None for a dry run."""
+    decision: str
+    """`accept` or `reject`."""
+    base: str
+    """Digest of the base it is to stand on."""
+    profile: str
+    """Likewise."""
+    live: int
+    """Edits that are live there."""
+    answered: tuple[str, ...]
+    """Occurrences whose answer that base gives without them."""
+    withdrawn: tuple[str, ...]
+    """Those of them that were taken back; none unless that was asked for."""
+    quarantined: dict[str, str]
+    """Occurrence that cannot be had there → why."""
+    rounds: int
+    """How often it was summed and judged."""
+    metrics: dict[str, float]
+    """Names as in `Report.metrics`."""
+    reasons: tuple[str, ...]
+    seconds: dict[str, float]
+    """Stage → wall seconds."""
+
+    @property
+    def accepted(self) -> bool:
+        return self.decision == "accept"
+
+
 class CompactionSummary(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

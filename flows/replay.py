@@ -1,15 +1,19 @@
 """`rebuild`: the stored pairs of a stream become its weights once more; what is damaged is mended, or named. `compact`: the sums begin
-anew."""
+anew. `rebase`: the live edits become pairs of another base, or of another site."""
+
+from collections.abc import Sequence
 
 from prefect import flow
 from prefect.logging import get_run_logger
 
 from errata.errors import ConflictError
 from errata.findings import RebuildReport
-from errata.summary import CompactionSummary
+from errata.rounds import Prepared, Round
+from errata.summary import CompactionSummary, RebaseSummary
 from tasks.compacting import compact_sums
 from tasks.keeping import restore_version
 from tasks.projecting import project_versions
+from tasks.rebasing import commit_rebase, judge_rebase, order_rebase, prepare_rebase, sum_pairs
 from tasks.replaying import replay_log
 
 MAX_CONFLICTS = 5
@@ -56,3 +60,37 @@ def compact(stream: str = "main", dry_run: bool = False) -> CompactionSummary:
     if not dry_run:
         project_versions(stream)
     return summary
+
+
+@flow(name="rebase")
+def rebase(stream: str, base: str, profile: str, drop_answered: bool = False, dry_run: bool = False) -> RebaseSummary:
+    """Carry a stream's live edits to another base or profile. The champion serves, and batches go on, until it is done.
+
+    Args:
+        base, profile: digests of what the root holds (`tasks.onboarding.place_target`).
+        drop_answered: take back edits whose answer the base gives without them.
+        dry_run: prepare, evaluate and judge, and commit nothing; a later run uses the pairs.
+
+    Returns:
+        What became of it. A refusal by the gate is a result; a fault is raised.
+    """
+    for conflicts in range(MAX_CONFLICTS + 1):
+        order = order_rebase(stream, base, profile, drop_answered)
+        prepared = prepare_rebase(stream, order)
+        rounds = [_try_edits(stream, order, prepared, prepared.ready, [])]
+        while rounds[-1].again:
+            rounds.append(_try_edits(stream, order, prepared, rounds[-1].again, rounds))
+        try:
+            summary = commit_rebase(stream, order, prepared, rounds, dry_run)
+            break
+        except ConflictError as conflict:
+            if conflicts == MAX_CONFLICTS:
+                raise
+            get_run_logger().warning("%s; what it brought is prepared, too, and everything summed and judged again", conflict)
+    if not dry_run:
+        project_versions(stream)
+    return summary
+
+
+def _try_edits(stream: str, order: str, prepared: Prepared, rest: Sequence[str], earlier: Sequence[Round]) -> Round:
+    return judge_rebase(stream, order, sum_pairs(stream, order, prepared, rest), earlier)

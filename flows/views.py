@@ -277,6 +277,41 @@ def show_size(size: float) -> str:
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
+def build_estimate(facts: Facts, base: str, profile: str, drop_answered: bool) -> RenderableType:
+    """What a rebase would take."""
+    missing, answered = facts["pairs"] - facts["prepared"], facts["answered"]
+    time = f", about {show_age(facts['seconds'])} for them here" if missing and facts["seconds"] is not None else ""
+    fate = "taken back" if drop_answered else "carried over all the same; --drop-answered takes them back"
+    said = f"{len(answered)} edits: {_name_some(answered)}; {fate}" if answered else "none of the edits"
+    weights, sums = show_size(facts["base_bytes"]), show_size(facts["sum_bytes"])
+    return build_pairs(
+        [
+            ("to", f"base {base[:12]}, profile {profile[:12]}"),
+            ("edits", f"{facts['edits']} to carry over, in {facts['pairs']} pairs"),
+            ("to prepare", f"{missing} pairs{time}; {facts['prepared']} are stored"),
+            ("memory", f"{weights} for the base, up to {sums} for the sums, and what preparing takes"),
+            ("answered", f"the base answers {escape(said)}"),
+        ]
+    )
+
+
+def build_rebase(facts: Facts) -> RenderableType:
+    """What became of a rebase."""
+    metrics = facts["metrics"]
+    ratios = [value for name, value in metrics.items() if name.endswith("mean_abs_ratio")]
+    shares = {name: metrics.get(key) for name, key in (("efficacy", "efficacy"), ("specificity", "held_out.specificity"))}
+    measured = [f"{name} {show_share(value)}" for name, value in shares.items()] + [f"|W| {max(ratios):.2f}" if ratios else ""]
+    return build_pairs(
+        [
+            ("commit", str(facts["commit"]) if facts["commit"] is not None else "none"),
+            ("decision", f"{paint(facts['decision'])}: {escape(' '.join(facts['reasons']))}"),
+            ("live", f"{facts['live']} edits, {len(facts['withdrawn'])} taken back, {len(facts['quarantined'])} in quarantine"),
+            ("measured", ", ".join(filter(None, measured))),
+            ("cost", show_seconds(facts["seconds"])),
+        ]
+    )
+
+
 _FOUND = {
     "mended": "green",
     "replaced": "green",

@@ -8,6 +8,7 @@ objects (batch, outcomes, pairs, manifest, report, raw files)    content-address
 
 import logging
 import sqlite3
+from typing import get_args
 
 from errata.errors import ConflictError, KeyMissingError, StorageError
 from registry.collection import secure_objects
@@ -17,13 +18,14 @@ from registry.events import (
     CompactionCommit,
     ErasureCommit,
     InitCommit,
+    RebaseCommit,
     RebuildCommit,
     RejectionCommit,
     RollbackCommit,
     Status,
     write_commit,
 )
-from registry.fold import ASIDE, HELD, Changes, EditRow, Head, Move, derive_changes
+from registry.fold import ASIDE, HELD, Changes, EditRow, Head, Move, advance_head, choose_moved, derive_changes
 from registry.history import list_layers
 from registry.stream import Stream
 
@@ -32,12 +34,12 @@ CHECKPOINT_EVERY = 10
 _FROM: dict[Status, tuple[Status, ...]] = {
     "replaced": ("live",),
     "withdrawn": ("live",),
-    "reverted": ("live",),
-    "live": ("live", "replaced", "withdrawn", "reverted"),
+    "quarantined": ("live",),
+    "live": ("live",),
     "dropped": HELD,
     "erased": ("replaced", "superseded", "stale", *HELD, "dropped", "withdrawn", "reverted"),
 }
-"""What an older occurrence becomes → where it must have stood."""
+"""What an older occurrence becomes → where it must have stood; a rollback takes it from anywhere back to where it stood once."""
 
 _log = logging.getLogger(__name__)
 
@@ -107,9 +109,29 @@ def _check_changes(stream: Stream, draft: Commit, parent: Head) -> None:
         raise StorageError(f"{draft.name}: expected the state of the newest accepted commit {parent.accepted}, found that of {draft.of}")
     if isinstance(draft, CompactionCommit):
         _check_live(stream, draft)
+    _check_site(stream, draft, parent)
     changes = derive_changes(draft, stream.read_batch(draft), stream.read_outcomes(draft))
     _check_files(stream, draft)
     _check_occurrences(stream, draft, changes)
+    if isinstance(draft, RebaseCommit):
+        _check_everyone(stream, draft, changes)
+
+
+def _check_site(stream: Stream, draft: Commit, parent: Head) -> None:
+    """The next batch takes base and profile from the head, and the state from the manifest."""
+    after = advance_head(parent, draft, "")
+    if not isinstance(draft, AcceptedCommit) or not stream.objects.exists(after.manifest):
+        return
+    manifest = stream.objects.get_json(after.manifest)
+    if (manifest.get("base", after.base), manifest.get("profile", after.profile)) != (after.base, after.profile):
+        raise StorageError(f"{draft.name}: expected a manifest on base {after.base} and profile {after.profile}, found another")
+
+
+def _check_everyone(stream: Stream, draft: RebaseCommit, changes: Changes) -> None:
+    """A pair of another base, or of another site, must not stay live."""
+    moved = {f"{move.id}@{move.seq}" for move in changes.moved}
+    if left := [row.occurrence for row in stream.index.find_rows("live") if row.occurrence not in moved]:
+        raise StorageError(f"{draft.name}: expected an outcome for every live edit, found none for {', '.join(left[:5])}")
 
 
 def _check_target(stream: Stream, draft: RollbackCommit) -> None:
@@ -167,15 +189,16 @@ def _find_moved(stream: Stream, draft: Commit, move: Move) -> EditRow:
     """The row of an older occurrence that is to change its status, or its pair."""
     name = f"{move.id}@{move.seq}"
     rows = [row for row in stream.index.find_occurrences(move.id) if row.seq == move.seq]
-    rows = [row for row in rows if row.status not in ASIDE] or (rows if move.status == "erased" else [])
+    rows = sorted(choose_moved(rows, move.status), key=lambda row: row.status in ASIDE)
     if not rows:
         raise StorageError(f"{draft.name}: expected an occurrence {name}, found none")
     row, allowed = rows[0], _FROM.get(move.status, ())
-    if move.status == "live" and not isinstance(draft, RollbackCommit):
-        allowed = ("live",)
+    if isinstance(draft, RollbackCommit):
+        allowed = tuple(status for status in get_args(Status) if status != "erased")
     if row.status not in allowed:
         wanted = " or ".join(allowed) or "nothing of the kind"
         raise StorageError(f"{draft.name}: {name} becomes {move.status}: expected it {wanted}, found it {row.status}")
-    if row.status == move.status and (move.pairs is None or (move.pairs, move.row) == (row.pairs, row.row)):
+    same = row.status == move.status and (move.pairs is None or (move.pairs, move.row) == (row.pairs, row.row))
+    if same and not isinstance(draft, RebaseCommit):
         raise StorageError(f"{draft.name}: {name} stays {move.status}: expected another pair than it has, found {move.pairs}, {move.row}")
     return row

@@ -6,7 +6,7 @@ are `superseded` or `stale` and share its occurrence's name, so a row's key is (
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -40,7 +40,8 @@ _WITH_PAIRS = EditsCommit | WithdrawalCommit | MergeCommit | RebaseCommit | Eras
 """Kinds that may name new pairs: of new edits, of key groups that lose a member, of another base."""
 _MOVES: dict[Status, tuple[type[Commit], ...]] = {
     "live": (*get_args(_WITH_PAIRS), RollbackCommit),
-    "withdrawn": (WithdrawalCommit, RollbackCommit),
+    "withdrawn": (WithdrawalCommit, RebaseCommit, RollbackCommit),
+    "quarantined": (RebaseCommit, RollbackCommit),
     "reverted": (RollbackCommit,),
     "erased": (ErasureCommit,),
 }
@@ -192,6 +193,13 @@ def advance_head(head: Head | None, commit: Commit, digest: str) -> Head:
     elif isinstance(commit, RollbackCommit):
         place = {name: digest for name, digest in (("base", commit.base), ("profile", commit.profile)) if digest}
     return moved.model_copy(update={"manifest": commit.manifest, "accepted": commit.seq, **role, **place})
+
+
+def choose_moved(rows: Sequence[EditRow], status: Status) -> list[EditRow]:
+    """The rows of one occurrence that a change to `status` means: the one that was judged, wherever it stands since; all of them where it
+    is erased."""
+    judged = [row for row in rows if row.status not in ASIDE] or [row for row in rows if row.pairs is not None]
+    return list(rows) if status == "erased" else judged
 
 
 def move_row(row: EditRow, move: Move) -> EditRow:

@@ -13,7 +13,7 @@ from pathlib import Path
 from errata.edits import digest_of
 from errata.errors import StorageError
 from registry.events import FileUse, Status
-from registry.fold import ASIDE, HELD, Changes, EditRow, Head, merge_use, move_row, settle_row, settles
+from registry.fold import ASIDE, HELD, Changes, EditRow, Head, choose_moved, merge_use, move_row, settle_row, settles
 
 _SCHEMA_VERSION = 2
 _COLUMNS = ", ".join(f'"{name}"' for name in EditRow._fields)
@@ -123,8 +123,8 @@ class Index:
             if (current.digest if current else "") != parent:
                 return
             for move in changes.moved:
-                meant = "" if move.status == "erased" else f" AND status NOT IN {ASIDE}"
-                for row in self._all(f"{_SELECT} WHERE id = ? AND seq = ?{meant}", move.id, move.seq):
+                rows = self._all(f"{_SELECT} WHERE id = ? AND seq = ?", move.id, move.seq)
+                for row in choose_moved(rows, move.status):
                     self._store(move_row(row, move), head.seq, before=row)
             for added in changes.added:
                 for row in self._all(f"{_SELECT} WHERE id = ? AND status IN {HELD}", added.id):

@@ -66,3 +66,24 @@ class WithdrawalOrder(_Stored):
 
     occurrences: tuple[str, ...]
     reason: str
+
+
+class Held(_Record):
+    """A live edit and the pair it has."""
+
+    occurrence: str
+    pairs: str
+    row: int
+
+
+class RebaseOrder(_Stored):
+    """Live edits to carry to another base or profile."""
+
+    base: str
+    profile: str
+    editor: str
+    live: tuple[Held, ...]
+    """All of them, in order of arrival."""
+    answered: tuple[str, ...]
+    """Occurrences of those that the base already answers."""
+    drop_answered: bool

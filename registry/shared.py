@@ -39,6 +39,11 @@ class BaseRef(BaseModel):
     files: dict[str, str] = {}
     """File name → sha256 of the stored copy; empty for the hub, which keeps the files itself."""
 
+    @property
+    def named(self) -> dict[str, str | None]:
+        """As a commit has it."""
+        return {"kind": self.kind, "source": self.source, "revision": self.revision, "digest": self.digest}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind == "hub" and not self.revision:

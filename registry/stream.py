@@ -3,9 +3,11 @@
 import logging
 import re
 import sqlite3
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from errata.edits import canonical_json, digest_of
+from errata.edits import Edit, canonical_json, digest_of
 from errata.errors import InputError, KeyExistsError, KeyMissingError, StorageError, UnknownNameError
 from registry.checkpoints import Checkpoints
 from registry.erased import finish_erasures
@@ -94,6 +96,14 @@ class Stream:
     def read_outcomes(self, commit: Commit) -> list[Outcome]:
         """What became of them."""
         return read_rows(Outcome, self.objects.get_rows(commit.outcomes), f"outcomes of {commit.name}") if commit.outcomes else []
+
+    def read_edits(self, rows: Iterable[EditRow]) -> Iterator[Edit]:
+        """The edits behind rows of the edit table, in their order. Neighbours of one batch cost one read."""
+        digest, batch = "", dict[int, dict[str, Any]]()
+        for row in rows:
+            if row.batch != digest:
+                digest, batch = row.batch, {record["position"]: record["edit"] for record in self.objects.get_rows(row.batch)}
+            yield Edit.model_validate(batch[row.position])
 
     def read_record(self, row: EditRow) -> BatchRow:
         """The record behind a row of the edit table, with its text."""
@@ -198,7 +208,7 @@ class Stream:
         if not rows:
             raise UnknownNameError(f"edit: expected an occurrence in stream {self.name!r}, found no {name!r}")
         # Records of one batch that were never judged share the name of the one that was, and may come after it.
-        return max(rows, key=lambda row: (row.status not in ASIDE, row.position))
+        return max(rows, key=lambda row: (row.status not in ASIDE, row.pairs is not None, row.position))
 
 
 def open_stream(root: str | Storage, name: str, cache_dir: Path | None = None) -> Stream:

@@ -81,7 +81,7 @@ def compare_live(stream: Stream, target: int) -> list[Outcome]:
     first: dict[str, Outcome] = {}
     for seq in range(target + 1, stream.head.seq + 1):
         for outcome in stream.read_outcomes(stream.log.read(seq)):
-            if outcome.occurrence and outcome.outcome in ("live", "replaced", "withdrawn", "reverted"):
+            if outcome.occurrence and outcome.outcome in ("live", "replaced", "withdrawn", "quarantined", "reverted"):
                 first.setdefault(outcome.occurrence, outcome)
     changed = []
     for occurrence, outcome in first.items():

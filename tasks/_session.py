@@ -43,6 +43,11 @@ def load_model(settings: Settings, stream: Stream) -> Model:
     return load_named(settings, stream.storage, stream.head.base, stream.head.profile, stream.head.editors[0])
 
 
+def load_under(settings: Settings, stream: Stream, manifest: Manifest) -> Model:
+    """As `load_model`, for a version that may be older than the stream's move to its base or profile."""
+    return load_named(settings, stream.storage, manifest.base, manifest.profile, manifest.layers[0].editor)
+
+
 def load_named(settings: Settings, storage: Storage, base_digest: str, profile_digest: str, editor: str) -> Model:
     """As `load_model`, for what a root holds under these digests."""
     if settings.threads is not None:

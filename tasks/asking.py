@@ -7,14 +7,14 @@ from errata.evaluation.generation import generate_answers
 from errata.modeling.patch import attach
 from errata.settings import Settings
 from registry.stream import Stream
-from tasks._session import load_model, read_manifest
+from tasks._session import load_under, read_manifest
 
 
 def answer_prompts(settings: Settings, stream: Stream, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, str]]:
     """Greedy answers, one row per prompt: `prompt`, `base`, `champion`."""
-    model = load_model(settings, stream)
-    limits = {"max_new_tokens": max_new_tokens, "batch_tokens": settings.evaluate.batch_tokens}
     manifest = read_manifest(stream, stream.log.read(stream.head.champion).manifest or stream.head.manifest)
+    model = load_under(settings, stream, manifest)
+    limits = {"max_new_tokens": max_new_tokens, "batch_tokens": settings.evaluate.batch_tokens}
     before = generate_answers(model.base, prompts, **limits)
     with attach(model.base, load_artifacts(stream.objects, manifest)):
         after = generate_answers(model.base, prompts, **limits)

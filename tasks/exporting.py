@@ -6,7 +6,7 @@ from errata.candidates import load_artifacts
 from errata.modeling.export import check_target, export_folder
 from errata.settings import Settings
 from registry.stream import Stream
-from tasks._session import load_named, read_manifest
+from tasks._session import load_under, read_manifest
 
 
 def export_commit(settings: Settings, stream: Stream, seq: int, target: Path) -> Path:
@@ -20,13 +20,13 @@ def export_commit(settings: Settings, stream: Stream, seq: int, target: Path) ->
     commit = stream.log.read(seq)
     manifest = read_manifest(stream, commit.manifest or stream.head.manifest)
     artifacts = load_artifacts(stream.objects, manifest)
-    model = load_named(settings, stream.storage, manifest.base, manifest.profile, manifest.layers[0].editor)
+    model = load_under(settings, stream, manifest)
     note = {
         "stream": stream.name,
         "commit": seq,
         "recipe": manifest.recipe,
         "manifest": commit.manifest,
-        "base": {"kind": model.ref.kind, "source": model.ref.source, "revision": model.ref.revision, "digest": model.ref.digest},
+        "base": model.ref.named,
         "versions": commit.versions,
     }
     return export_folder(model.base, artifacts, target, note)

@@ -72,13 +72,9 @@ def propose_merge(settings: Settings, into: Stream, other: Stream) -> tuple[list
 
 
 def _read_arrivals(other: Stream, rows: Sequence[EditRow]) -> Iterator[Arrival]:
-    """Live edits as arrivals: a batch object of the other stream takes the place of the file. Each is read once."""
-    digest, batch = "", dict[int, Edit]()
-    for row in rows:
-        if row.batch != digest:
-            digest = row.batch
-            batch = {record["position"]: Edit.model_validate(record["edit"]) for record in other.objects.get_rows(digest)}
-        yield Arrival(Submission(edit=batch[row.position], origin=f"{other.name}:{row.occurrence}"), *_locate(row))
+    """Live edits as arrivals: a batch object of the other stream takes the place of the file."""
+    for row, edit in zip(rows, other.read_edits(rows), strict=True):
+        yield Arrival(Submission(edit=edit, origin=f"{other.name}:{row.occurrence}"), *_locate(row))
 
 
 def _locate(row: EditRow) -> tuple[str, int]:

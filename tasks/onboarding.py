@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from errata.builtin import BUILTIN, ensure_builtin
 from errata.candidates import start_manifest
+from errata.editors.base import Editor
 from errata.editors.catalogue import make_editor
 from errata.editors.d4s.moments import Moments, collect_moments
 from errata.errors import InputError, ModelError, SettingsError
@@ -20,11 +22,11 @@ from errata.suggestions import BUILTIN_SUGGESTION, Suggestion, suggest_profile
 from errata.validation import explain_errors
 from errata.world import make_world
 from registry.events import InitCommit
-from registry.shared import BaseRef, put_base, put_moments, put_profile
-from registry.storage.base import check_create_if_absent, open_storage
+from registry.shared import BaseRef, get_moments, put_base, put_moments, put_profile
+from registry.storage.base import Storage, check_create_if_absent, open_storage
 from registry.stream import Stream, create_stream
 from tasks._progress import show_progress
-from tasks._session import quiet_transformers
+from tasks._session import load_model, quiet_transformers
 from tasks.committing import describe_writer
 
 BUILTIN_NAME = "builtin"
@@ -51,6 +53,16 @@ class Source:
     base: Base
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A base and a profile that are stored."""
+
+    ref: BaseRef
+    profile: str
+    """Its digest."""
+    editor: Editor[Any]
+
+
 def start_stream(
     settings: Settings, source: str, *, revision: str | None = None, profile: Path | None = None, corpus: Path | None = None
 ) -> Stream:
@@ -69,22 +81,58 @@ def start_stream(
     """
     storage = open_storage(settings.root)
     check_create_if_absent(storage)
-    found = find_base(settings, source, revision)
-    chosen = choose_profile(found, source, profile)
-    texts = read_corpus(source, corpus)
-    moments = measure_moments(found.base, chosen.prepare.layers, texts)
+    placed = place_profile(storage, find_base(settings, source, revision), profile, corpus)
+    manifest = start_manifest(placed.editor, placed.ref.digest, placed.profile)
+    init = InitCommit(
+        seq=0,
+        parent="",
+        base=placed.ref.named,
+        profile=placed.profile,
+        editors=(placed.editor.name,),
+        manifest=manifest.digest,
+        **describe_writer(settings),
+    )
+    return create_stream(settings.root, settings.stream, init, manifest.model_dump(mode="json"), settings.cache)
+
+
+def place_target(
+    settings: Settings, stream: Stream, source: str | None, *, revision: str | None, profile: Path | None, corpus: Path | None
+) -> Placed:
+    """Store what a stream is to be rebased to: another base, another profile, or both.
+
+    Args:
+        source: as in `start_stream`; None is the stream's own base.
+        profile, corpus: as in `start_stream`. On the stream's own base its own second moments do where they have the layers.
+
+    Raises:
+        InputError: neither a base nor a profile; else as `start_stream`.
+    """
+    if source is None and profile is None:
+        raise InputError("rebase: expected another base (--base) or another profile (--profile), found neither")
+    if source is not None:
+        return place_profile(stream.storage, find_base(settings, source, revision), profile, corpus)
+    model = load_model(settings, stream)
+    own = Moments.from_bytes(get_moments(stream.storage, model.profile.solve.moments))
+    return place_profile(stream.storage, Source(model.ref, model.folder, model.base), profile, corpus, own)
+
+
+def place_profile(storage: Storage, found: Source, profile: Path | None, corpus: Path | None, own: Moments | None = None) -> Placed:
+    """Store a base and a profile for it, with second moments that are measured unless `own` will do.
+
+    Raises:
+        InputError, SettingsError, ModelError, StorageError: as `start_stream`.
+    """
+    chosen = choose_profile(found, profile)
+    if own is not None and corpus is None and set(chosen.prepare.layers) <= set(own.c):
+        moments = own
+    else:
+        moments = measure_moments(found.base, chosen.prepare.layers, read_corpus(found, corpus))
     ref = put_base(storage, found.ref, found.folder)
     spread = "even" if len(chosen.prepare.layers) > 1 else "single"
     solve = SolveOptions(lam=chosen.lam, spread=spread, moments=put_moments(storage, moments.to_bytes()))
     made = Profile(base=ref.digest, prepare=chosen.prepare, solve=solve, origin=chosen.origin)
     editor = make_editor("d4s", made, moments, found.base.layout)
-    digest = put_profile(storage, ref.digest, made.to_bytes())
-    manifest = start_manifest(editor, ref.digest, digest)
-    named = {"kind": ref.kind, "source": ref.source, "revision": ref.revision, "digest": ref.digest}
-    init = InitCommit(
-        seq=0, parent="", base=named, profile=digest, editors=(editor.name,), manifest=manifest.digest, **describe_writer(settings)
-    )
-    return create_stream(settings.root, settings.stream, init, manifest.model_dump(mode="json"), settings.cache)
+    return Placed(ref, put_profile(storage, ref.digest, made.to_bytes()), editor)
 
 
 def find_base(settings: Settings, source: str, revision: str | None) -> Source:
@@ -106,7 +154,7 @@ def find_base(settings: Settings, source: str, revision: str | None) -> Source:
     return Source(BaseRef(kind="hub", source=source, revision=pinned, digest=base.digest), None, base)
 
 
-def choose_profile(found: Source, source: str, path: Path | None) -> Suggestion:
+def choose_profile(found: Source, path: Path | None) -> Suggestion:
     """The user's profile, else the built-in base's, else published values of the family.
 
     Raises:
@@ -121,7 +169,7 @@ def choose_profile(found: Source, source: str, path: Path | None) -> Suggestion:
         except ValidationError as error:
             raise SettingsError(f"{path}: " + "; ".join(map(str, explain_errors(error)))) from None
         return Suggestion(given.prepare, given.lam, given.origin)
-    if source == BUILTIN_NAME:
+    if found.ref.kind == "builtin":
         return BUILTIN_SUGGESTION
     family = found.base.model.config.model_type
     suggested = suggest_profile(family, found.base.layout.count_layers(found.base.model))
@@ -130,15 +178,16 @@ def choose_profile(found: Source, source: str, path: Path | None) -> Suggestion:
     return suggested
 
 
-def read_corpus(source: str, path: Path | None) -> list[str]:
+def read_corpus(found: Source, path: Path | None) -> list[str]:
     """Passages whose keys are to be preserved.
 
     Raises:
         InputError: none given for a base of the user's own, or the file holds no text.
     """
     if path is None:
-        if source != BUILTIN_NAME:
-            raise InputError(f"corpus: expected a text file of what {source!r} must go on knowing (--corpus FILE), found none")
+        if found.ref.kind != "builtin":
+            named = found.ref.source
+            raise InputError(f"corpus: expected a text file of what {named!r} must go on knowing (--corpus FILE), found none")
         return make_world().corpus(seed=0)
     try:
         passages = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -23,7 +23,7 @@ from registry.keeping import open_archived
 from registry.models import ModelRegistry
 from registry.release import Release, Version, resolve_tracking
 from registry.stream import Stream
-from tasks._session import Model, load_model, open_named, read_manifest
+from tasks._session import load_under, open_named, read_manifest
 from tasks._task import stage
 
 _PLOTTED = 50
@@ -54,13 +54,13 @@ def show_log(settings: Settings, stream: Stream, *, everything: bool = False) ->
     """
     if stream.head.champion == 0:
         return None, 0
-    registry, model, made = open_registry(settings), load_model(settings, stream), 0
+    registry, made = open_registry(settings), 0
     while True:
         champion = stream.head.champion
         for commit in find_unshown(stream, registry, everything):
             with tempfile.TemporaryDirectory(prefix="errata-") as work:
                 try:
-                    release = build_release(stream, model, commit, Path(work))
+                    release = build_release(settings, stream, commit, Path(work))
                 except ErasedError:
                     continue  # it has no weights any more
                 registry.project(release)
@@ -73,7 +73,7 @@ def show_log(settings: Settings, stream: Stream, *, everything: bool = False) ->
             )
         shown = registry.champion(stream.name)
         if shown is None or shown.number != version.number:
-            verify_version(stream, model, registry, version)
+            verify_version(settings, stream, registry, version)
             registry.point_alias(version)
         # MLflow has no compare-and-swap: whoever committed meanwhile must not find an older champion behind theirs.
         if stream.refresh().champion == champion:
@@ -97,9 +97,10 @@ def find_unshown(stream: Stream, registry: ModelRegistry, everything: bool) -> l
     return [commit for commit in commits if isinstance(commit, AcceptedCommit)]
 
 
-def build_release(stream: Stream, model: Model, commit: AcceptedCommit, work: Path) -> Release:
+def build_release(settings: Settings, stream: Stream, commit: AcceptedCommit, work: Path) -> Release:
     """All that MLflow shows of a commit; its plot is drawn into the folder `work`."""
     manifest = read_manifest(stream, commit.manifest)
+    model = load_under(settings, stream, manifest)
     data = stream.objects.get(commit.report) if commit.report else None
     prepare, solve = model.profile.prepare, model.profile.solve
     parameters: dict[str, Any] = {"editor": model.editor.name, "editor_version": model.editor.version, "profile": manifest.profile[:12]}
@@ -141,11 +142,12 @@ def plot_history(stream: Stream, seq: int, work: Path) -> Path | None:
     return plot_norms(points, work / "weight_norms.png") if points else None
 
 
-def verify_version(stream: Stream, model: Model, registry: ModelRegistry, version: Version) -> None:
+def verify_version(settings: Settings, stream: Stream, registry: ModelRegistry, version: Version) -> None:
     """Compare what MLflow holds with what was accepted, by the logits both give on the base in memory."""
     manifest = read_manifest(stream, stream.log.read(version.commit).manifest or "")
+    base = load_under(settings, stream, manifest).base
     accepted = [stream.objects.get(digest) for digest in manifest.artifacts]
-    registry.verify_version(version, _answer(model.base, accepted), lambda stored: _answer(model.base, stored))
+    registry.verify_version(version, _answer(base, accepted), lambda stored: _answer(base, stored))
 
 
 @torch.inference_mode()

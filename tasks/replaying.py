@@ -14,7 +14,7 @@ from errata.findings import Finding, FindingState, RebuildReport, describe_fault
 from errata.manifests import PairRef, read_refs, sort_refs
 from errata.replay import Replay
 from errata.settings import Settings, load_settings
-from errata.steps import Entry, Remade, Step
+from errata.steps import Entry, Remade, Site, Step
 from registry.collection import list_given_up
 from registry.commit import commit as make_commit
 from registry.erased import Erasure, finish_erasures, read_erasures
@@ -26,6 +26,7 @@ from registry.events import (
     InitCommit,
     MergeCommit,
     Outcome,
+    RebaseCommit,
     RebuildCommit,
     RollbackCommit,
     WithdrawalCommit,
@@ -68,8 +69,8 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
         if not erasure.done and is_committed(history, erasure):
             detail = "an erasure is committed and not carried out: any command that opens the stream goes on with it"
             findings.append(Finding(commit=erasure.record.seq, what="erasure", state="mendable", detail=detail, edits=erasure.record.ids))
-    head, goal = _read_ends(history, to, findings)
-    if head is None:
+    first, head, goal = _read_ends(history, to, findings)
+    if first is None or head is None:
         return RebuildReport(
             stream=history.name,
             to=0,
@@ -84,9 +85,9 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
     last = head.seq if to is None else to
     if last > head.seq and not findings:
         raise UnknownNameError(f"commit: expected 0 to {head.seq} in stream {history.name!r}, found {to}")
-    model = load_named(settings, history.storage, head.base, head.profile, head.editors[0])
+    site = load_site(settings, history, first)
     given_up = list_given_up(history, None if to is None else goal)
-    replay = Replay(history.objects, model.editor, head.base, head.profile, _remember_steps(history), mend=not check, given_up=given_up)
+    replay = Replay(history.objects, site.editor, site.base, site.profile, _remember_steps(history), mend=not check, given_up=given_up)
     remade: Remade | None = None
     reported: set[str] = set()
     parent = 0
@@ -98,7 +99,9 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
             if is_accepted(commit):
                 whole = not findings and commit.seq == head.accepted
                 solve = commit.seq == goal or (check and not isinstance(commit, RollbackCommit))
-                remade = replay.follow(_build_entry(commit, parent), solve=solve, remake=whole)
+                moved = (position.base, position.profile) != (replay.base, replay.profile)
+                entry = _build_entry(commit, parent, load_site(settings, history, position) if moved else None)
+                remade = replay.follow(entry, solve=solve, remake=whole)
             parent = position.accepted
             on_progress(commit.seq + 1, last + 1)
     made = None
@@ -142,18 +145,28 @@ def commit_rebuilt(settings: Settings, head: Head, manifest: str) -> int:
     return make_commit(stream, draft, head).seq
 
 
+def load_site(settings: Settings, history: History, head: Head) -> Site:
+    """Where the state of a head is."""
+    return Site(load_named(settings, history.storage, head.base, head.profile, head.editors[0]).editor, head.base, head.profile)
+
+
 def derive_step(history: History, commit: Commit) -> Step | None:
-    """What an accepted commit does to the state, from its outcomes and those of the commits whose edits leave; None where they are lost."""
+    """What an accepted commit does to the state, from its outcomes and those of the commits whose edits leave; None where they are lost.
+
+    A rebase has an outcome for every live edit: what stays live is all there is.
+    """
     if isinstance(commit, CompactionCommit):
         listed = read_live(history, commit)
         return Step(add=tuple(read_refs(listed)), fresh=True) if listed is not None else None
     try:
         outcomes = history.read_outcomes(commit)
-        remove = dict.fromkeys(_find_left(history, outcome) for outcome in outcomes if _leaves_pair(outcome, commit))
+        fresh = isinstance(commit, RebaseCommit)
+        leaving = () if fresh else (outcome for outcome in outcomes if _leaves_pair(outcome, commit))
+        remove = dict.fromkeys(_find_left(history, outcome) for outcome in leaving)
     except _LOST:
         return None
     add = dict.fromkeys(PairRef(pairs=outcome.pairs or "", row=outcome.row or 0) for outcome in outcomes if outcome.outcome == "live")
-    return Step(remove=tuple(remove), add=tuple(add))
+    return Step(remove=tuple(remove), add=tuple(add), fresh=fresh)
 
 
 def _leaves_pair(outcome: Outcome, commit: Commit) -> bool:
@@ -201,32 +214,34 @@ def _remember_steps(history: History) -> Callable[[int], Step | None]:
     return lambda seq: derive_step(history, history.log.read(seq))
 
 
-def _read_ends(history: History, to: int | None, findings: list[Finding]) -> tuple[Head | None, int]:
-    """The head of the readable part of the log, and the newest accepted commit up to `to`. Where the log is broken, that is a finding."""
+def _read_ends(history: History, to: int | None, findings: list[Finding]) -> tuple[Head | None, Head | None, int]:
+    """The first and the last head of the readable part of the log, and the newest accepted commit up to `to`. Where the log is broken,
+    that is a finding."""
+    first: Head | None = None
     head: Head | None = None
     goal = 0
     for commit, position in history.walk():
-        head = position
+        first, head = first or position, position
         if to is None or commit.seq <= to:
             goal = position.accepted
     broken = history.find_break(head)
     if broken is not None:
         detail = f"{broken.reason}. It is nowhere else, and nothing from it on can be read; what is before it is intact"
         findings.append(Finding(commit=broken.seq, what="commit", state="lost", detail=detail))
-    return head, goal
+    return first, head, goal
 
 
-def _build_entry(commit: Commit, parent: int) -> Entry:
+def _build_entry(commit: Commit, parent: int, site: Site | None) -> Entry:
     manifest = commit.manifest or ""
     match commit:
         case RollbackCommit(target=target):
-            return Entry(commit.seq, parent, manifest, restates=target)
+            return Entry(commit.seq, parent, manifest, restates=target, site=site)
         case RebuildCommit(of=of):
             return Entry(commit.seq, parent, manifest, restates=of, rebuilt=True)
         case ErasureCommit():
             return Entry(commit.seq, parent, manifest, restates=parent)
-        case InitCommit() | EditsCommit() | WithdrawalCommit() | MergeCommit() | CompactionCommit():
-            return Entry(commit.seq, parent, manifest)
+        case InitCommit() | EditsCommit() | WithdrawalCommit() | MergeCommit() | CompactionCommit() | RebaseCommit():
+            return Entry(commit.seq, parent, manifest, site=site)
     raise AssertionError(f"{commit.name} is no accepted commit")
 
 

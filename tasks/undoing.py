@@ -186,8 +186,8 @@ def draft_rollback(stream: str, target: str, reason: str) -> str:
     version = _VERSION.fullmatch(target)
     named = open_registry(settings).read_version(opened.name, int(version[1])).commit if version else opened.resolve_commit(target)
     commit = choose_target(opened, named)
-    _require_objects(opened, commit.seq, read_manifest(opened, commit.manifest))
-    head = opened.head
+    head, manifest = opened.head, read_manifest(opened, commit.manifest)
+    _require_objects(opened, commit.seq, manifest)
     draft = RollbackCommit(
         seq=head.seq + 1,
         parent=head.digest,
@@ -195,6 +195,8 @@ def draft_rollback(stream: str, target: str, reason: str) -> str:
         outcomes=_store_outcomes(opened, compare_live(opened, commit.seq)),
         manifest=commit.manifest,
         report=commit.report,
+        base=manifest.base if manifest.base != head.base else None,
+        profile=manifest.profile if manifest.profile != head.profile else None,
         decision="accept",
         reasons=(reason,) if reason else (),
         **describe_writer(settings),

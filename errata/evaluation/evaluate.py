@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from errata.editors.artifacts import WeightDelta
 from errata.edits import Edit, Probe
-from errata.errors import EditorError, TokenizationError
+from errata.errors import EditorError
 from errata.evaluation.generation import generate_answers, match_answer
 from errata.evaluation.metrics import agreement, all_correct, harmonic_mean, magnitude, mean_loss, prefers, token_accuracy
 from errata.evaluation.probes import Probes, split_probes
 from errata.evaluation.scoring import Progress, Question, Scored, score_targets
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
-from errata.modeling.tokens import encode_target
+from errata.modeling.tokens import can_write, encode_target
 from errata.monitors.locality import PROBE_TEXTS, measure_locality, read_probe
 from errata.monitors.norms import measure_norms
 from errata.report import Diagnosis, EditRow, Locality, Mean, ProbeScores, Report, Retention
@@ -143,10 +143,7 @@ class _Questioner:
 
     def _can_write(self, text: str) -> bool:
         if text not in self._writable:
-            try:
-                self._writable[text] = bool(encode_target(self._base.tokenizer, text))
-            except TokenizationError:
-                self._writable[text] = False
+            self._writable[text] = can_write(self._base.tokenizer, text)
         return self._writable[text]
 
 

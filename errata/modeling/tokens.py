@@ -34,6 +34,14 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
     return ids
 
 
+def can_write(tokenizer: PreTrainedTokenizerBase, target: str) -> bool:
+    """Whether `encode_target` has ids for a target."""
+    try:
+        return bool(encode_target(tokenizer, target))
+    except TokenizationError:
+        return False
+
+
 def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
     """ " " where a continuing word must be written with its space, else "". Judged on how "a b" continues "a"."""
     head: list[int] = tokenizer("a", add_special_tokens=False).input_ids

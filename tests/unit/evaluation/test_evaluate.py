@@ -7,11 +7,11 @@ import torch
 
 from errata.editors.artifacts import WeightDelta
 from errata.edits import Edit, Probe
-from errata.errors import BaseMismatchError, FormatError, TokenizationError
+from errata.errors import BaseMismatchError, FormatError
 from errata.evaluation import evaluate
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.modeling.loading import Base, hold_base
-from errata.modeling.tokens import encode_target
+from errata.modeling.tokens import can_write, encode_target
 from errata.report import Diagnosis, Report
 from errata.settings import EvaluateSettings
 
@@ -151,12 +151,7 @@ def test_diagnoses_and_settings_reach_the_report(base: Base, edits: list[Edit]) 
 def test_a_truth_that_cannot_be_written_leaves_its_measures_undefined(
     base: Base, edits: list[Edit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(tokenizer: object, text: str) -> list[int]:
-        if text == "Paris":
-            raise TokenizationError("no")
-        return encode_target(tokenizer, text)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(evaluate, "encode_target", refuse)
+    monkeypatch.setattr(evaluate, "can_write", lambda tokenizer, text: text != "Paris" and can_write(tokenizer, text))
     report = evaluate_candidate(base, [], edits[:1], [], None, SETTINGS)
     assert report.rows[0].success is None and report.paper.specificity_truth.value is None
     assert report.paper.specificity.prompts == 3 and report.rows[0].held_out.specificity.value == 1.0

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from errata.edits import Edit
-from registry.events import BatchRow, Commit, EditsCommit, FileUse, InitCommit, Outcome, RejectionCommit, RollbackCommit, WithdrawalCommit
+from registry.events import (
+    BatchRow,
+    Commit,
+    EditsCommit,
+    FileUse,
+    InitCommit,
+    Outcome,
+    RebaseCommit,
+    RejectionCommit,
+    RollbackCommit,
+    WithdrawalCommit,
+)
 from registry.fold import ASIDE, Changes, EditRow, Head, merge_use, move_row, settle_row, settles
 from registry.storage.base import Storage
 from registry.storage.memory import MemoryStorage
@@ -117,6 +128,20 @@ class Clerk:
         outcomes = [{"occurrence": row.occurrence, "outcome": "withdrawn", "reason": reason} for row in rows]
         content = {"seq": head.seq + 1, "parent": head.digest, "manifest": objects.put_json({"format": 1, "after": head.seq + 1})}
         return WithdrawalCommit(**{**content, "outcomes": objects.put_rows(outcomes), "promoted": True, **COMMON, **fields})
+
+    def draft_rebase(self, left: Iterable[str], **fields: Any) -> Commit:
+        """To another base, where some occurrences cannot be had."""
+        head, objects, left = self.stream.head, self.stream.objects, set(left)
+        pairs, outcomes = objects.put(f"pairs of {head.seq + 1}".encode()), []
+        for number, row in enumerate(self.stream.index.find_rows("live")):
+            before = {"status": "live", "pairs": row.pairs, "row": row.row}
+            fate = (
+                {"outcome": "quarantined", "reason": "no"} if row.occurrence in left else {"outcome": "live", "pairs": pairs, "row": number}
+            )
+            outcomes.append({"occurrence": row.occurrence, "before": before, **fate})
+        content = {"seq": head.seq + 1, "parent": head.digest, "manifest": objects.put_json({"format": 1, "after": head.seq + 1})}
+        place = {"base": {"kind": "folder", "digest": "e" * 64}, "profile": "f" * 64, "pairs": (pairs,), "promoted": True}
+        return RebaseCommit(**{**content, **place, "outcomes": objects.put_rows(outcomes), **COMMON, **fields})
 
     def draft_rollback(self, target: int, **fields: Any) -> Commit:
         """What leaves and comes back is read from the log, as the flow does."""

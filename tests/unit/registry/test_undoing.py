@@ -138,6 +138,44 @@ def test_what_cannot_be_withdrawn_is_named(clerk: Any, edit: Make) -> None:
     assert [row.occurrence for row in choose_live(clerk.stream, ["d", "d@4", "c"])] == ["d@4", "c@2"]
 
 
+@pytest.mark.parametrize("then", ["again", "dropped", "nothing"])
+def test_a_rollback_brings_back_what_a_rebase_left_behind(clerk: Any, edit: Make, then: str) -> None:
+    """Whatever has become of it since: tried again and accepted, given up, or still waiting."""
+    stream, before, place = clerk.stream, find(clerk, "c@2").pairs, clerk.stream.head
+    land(clerk, clerk.draft_rebase(["d@4"]))
+    assert (live(stream), find(clerk, "d@4").status, stream.head.base) == (["c@2"], "quarantined", "e" * 64)
+    moved = find(clerk, "c@2").pairs
+    assert moved != before
+    if then == "again":
+        land(clerk, clerk.draft([(edit("Dan", name="d"), "live")]))
+    elif then == "dropped":
+        land(clerk, clerk.draft_drop([find(clerk, "d@4")]))
+    there, stood, served = live(stream), find(clerk, "d@4"), stream.head.accepted
+    site = {"base": place.base, "profile": place.profile}
+    land(clerk, clerk.draft_rollback(4, **site))
+    assert (live(stream), find(clerk, "c@2").pairs) == (["c@2", "d@4"], before)
+    assert (stream.head.base, stream.head.profile) == (place.base, place.profile)
+    land(clerk, clerk.draft_rollback(served, base="e" * 64, profile="f" * 64))
+    assert (live(stream), find(clerk, "c@2").pairs, stream.head.base) == (there, moved, "e" * 64)
+    if then == "again":
+        assert (find(clerk, "d@4").status, find(clerk, "d@4").by) == (stood.status, stood.by) == ("superseded", "d@6")
+    reopened = Stream(stream.storage, "main", None)
+    assert reopened.index.counts() == stream.index.counts()
+
+
+def test_a_rebase_speaks_of_every_live_edit(clerk: Any) -> None:
+    partial = clerk.draft_rebase([])
+    rows = clerk.stream.objects.get_rows(partial.outcomes)
+    with pytest.raises(StorageError, match="expected an outcome for every live edit, found none for d@4"):
+        land(clerk, clerk.draft_rebase([], outcomes=clerk.stream.objects.put_rows(list(rows)[:1])))
+    other = clerk.stream.objects.put_json({"format": 1, "base": "0" * 64})
+    with pytest.raises(StorageError, match="expected a manifest on base e+ and profile f+, found another"):
+        land(clerk, clerk.draft_rebase([], manifest=other))
+    for draft in (clerk.draft_withdrawal([]), clerk.draft([])):
+        with pytest.raises(FormatError, match="expected no older edit to become quarantined by kind"):
+            derive_changes(draft, [], [Outcome(outcome="quarantined", occurrence="d@4")])
+
+
 def test_only_live_edits_leave_and_only_others_come_back(clerk: Any) -> None:
     with pytest.raises(StorageError, match="b@1 becomes withdrawn: expected it live, found it withdrawn"):
         land(clerk, clerk.draft_withdrawal([find(clerk, "b")]))
