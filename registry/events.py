@@ -5,7 +5,7 @@ reader: guessing at a history is worse than not reading it.
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -153,21 +153,39 @@ class _CommitBase(_Record):
         return f"commit {self.seq} ({self.kind} by {self.actor} on {self.host})"
 
 
-class InitCommit(_CommitBase):
-    """The stream begins, on one base under one profile."""
+class _Placing(_CommitBase):
+    """The stream stands on one base under one profile from here on."""
 
-    kind: Literal["init"] = "init"
     base: dict[str, str | None]
     """Where the base comes from (kind, source, revision) and its `digest`."""
     profile: Digest
-    editors: tuple[str, ...]
-    manifest: Digest
 
     @model_validator(mode="after")
-    def _name_the_base(self) -> "InitCommit":
+    def _name_the_base(self) -> Self:
         if not self.base.get("digest"):
             raise ValueError(f"base: expected its digest, found {self.base}")
         return self
+
+
+class _Restating(_CommitBase):
+    """The state of the newest accepted commit, in other objects."""
+
+    of: int = Field(ge=0)
+    """The commit whose state it is."""
+
+    @model_validator(mode="after")
+    def _look_back(self) -> Self:
+        if self.of >= self.seq:
+            raise ValueError(f"of: expected a commit before {self.seq}, found {self.of}")
+        return self
+
+
+class InitCommit(_Placing):
+    """The stream begins, on one base under one profile."""
+
+    kind: Literal["init"] = "init"
+    editors: tuple[str, ...]
+    manifest: Digest
 
 
 class EditsCommit(_CommitBase):
@@ -211,41 +229,25 @@ class RollbackCommit(_CommitBase):
         return self
 
 
-class RebuildCommit(_CommitBase):
+class RebuildCommit(_Restating):
     """The state of the newest accepted commit in new objects, because some of its own are damaged and their bytes come out otherwise on
     this machine. Recipe and edits are the same; weights agree to 1e-8."""
 
     kind: Literal["rebuild"] = "rebuild"
-    of: int = Field(ge=0)
-    """The commit whose state it is."""
     manifest: Digest
     promoted: Literal[True] = True
 
-    @model_validator(mode="after")
-    def _look_back(self) -> "RebuildCommit":
-        if self.of >= self.seq:
-            raise ValueError(f"of: expected a commit before {self.seq}, found {self.of}")
-        return self
 
-
-class CompactionCommit(_CommitBase):
+class CompactionCommit(_Restating):
     """The state of the newest accepted commit, summed anew from its live pairs in canonical order, and snapshotted: rounding of many
     additions and subtractions goes, the weights agree to 1e-8. The recipe begins anew."""
 
     kind: Literal["compaction"] = "compaction"
-    of: int = Field(ge=0)
-    """The commit whose state it is."""
     live: Digest
     """Of the list of pairs that it sums, spelled as a change list: whoever replays the log can begin here."""
     outcomes: None = None
     manifest: Digest
     promoted: Literal[True] = True
-
-    @model_validator(mode="after")
-    def _look_back(self) -> "CompactionCommit":
-        if self.of >= self.seq:
-            raise ValueError(f"of: expected a commit before {self.seq}, found {self.of}")
-        return self
 
 
 class MergeCommit(_CommitBase):
@@ -261,21 +263,12 @@ class MergeCommit(_CommitBase):
     manifest: Digest
 
 
-class RebaseCommit(_CommitBase):
+class RebaseCommit(_Placing):
     """Live edits were prepared anew on another base, or at another site. The outcomes give each its new pair, or say why it left."""
 
     kind: Literal["rebase"] = "rebase"
-    base: dict[str, str | None]
-    """As in `init`."""
-    profile: Digest
     outcomes: Digest
     manifest: Digest
-
-    @model_validator(mode="after")
-    def _name_the_base(self) -> "RebaseCommit":
-        if not self.base.get("digest"):
-            raise ValueError(f"base: expected its digest, found {self.base}")
-        return self
 
 
 class ErasureCommit(_CommitBase):
