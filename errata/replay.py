@@ -51,6 +51,8 @@ class Replay:
     """Store what was damaged and comes out equal."""
     given_up: Set[str] = frozenset()
     """Weights that may be missing, because no version that needs them is kept."""
+    hollow: Set[int] = frozenset()
+    """Commits with pairs that were erased since: what is left of them gives other weights."""
     archived: list[int] = field(default_factory=list)
     """Commits whose stored weights are, indeed."""
     findings: list[Finding] = field(default_factory=list)
@@ -272,9 +274,11 @@ class Replay:
         fault = find_fault(self.blobs, layer.artifact) if layer.artifact else None
         if not solve and fault is None:
             return
-        if layer.artifact is not None and (fault == "erased" or (fault == "missing" and layer.artifact in self.given_up)):
-            # Of the former, the pairs that are left give other weights, those without the edit.
-            self._report(seq, "artifact", layer.artifact, fault, "erased" if fault == "erased" else "archived")
+        if layer.artifact is not None and (fault == "erased" or seq in self.hollow):
+            self._report(seq, "artifact", layer.artifact, "erased", "erased")
+            return
+        if layer.artifact is not None and fault == "missing" and layer.artifact in self.given_up:
+            self._report(seq, "artifact", layer.artifact, fault, "archived")
             return
         artifact = self.editor.solve(reached.state)
         data = artifact.to_bytes() if artifact else None

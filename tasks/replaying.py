@@ -65,8 +65,9 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
     findings: list[Finding] = []
     if not check:
         finish_erasures(history.storage, history.key(""))
-    for erasure in read_erasures(history.storage, history.key("")):
-        if not erasure.done and is_committed(history, erasure):
+    erasures = [erasure for erasure in read_erasures(history.storage, history.key("")) if is_committed(history, erasure)]
+    for erasure in erasures:
+        if not erasure.done:
             detail = "an erasure is committed and not carried out: any command that opens the stream goes on with it"
             findings.append(Finding(commit=erasure.record.seq, what="erasure", state="mendable", detail=detail, edits=erasure.record.ids))
     first, head, goal = _read_ends(history, to, findings)
@@ -87,7 +88,9 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
         raise UnknownNameError(f"commit: expected 0 to {head.seq} in stream {history.name!r}, found {to}")
     site = load_site(settings, history, first)
     given_up = list_given_up(history, None if to is None else goal)
-    replay = Replay(history.objects, site.editor, site.base, site.profile, _remember_steps(history), mend=not check, given_up=given_up)
+    steps = _remember_steps(history)
+    hollow = frozenset(seq for erasure in erasures for seq in erasure.record.commits)
+    replay = Replay(history.objects, site.editor, site.base, site.profile, steps, mend=not check, given_up=given_up, hollow=hollow)
     remade: Remade | None = None
     reported: set[str] = set()
     parent = 0

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from errata.candidates import load_state
+from errata.editors.base import Pairs
 from errata.editors.d4s import groups
 from errata.edits import Edit
 from errata.exactness import measure_exactness
@@ -148,3 +149,42 @@ def test_a_commit_that_moves_pairs_may_be_made_twice(desk: Any, make_edit: Make)
     assert desk.open().head.seq == 2
     told = {row.occurrence: row.before.pairs for row in desk.read_outcomes(2) if row.before}
     assert told == {f"{name}@1": ref.pairs for name, ref in before.items()}
+
+
+def test_one_of_a_group_can_be_erased_and_the_others_stay(desk: Any, make_edit: Make, ask: Callable[[Edit], str], errata: Any) -> None:
+    home, sport = make_edit(0, 0, 0), make_edit(0, 2, 1)
+    desk.submit("one", home, sport)
+    desk.apply()
+    joint = place(desk)[home.edit_id]
+    desk.withdraw(sport.edit_id)
+    assert errata("erase", sport.edit_id, "--yes").code == 0
+    assert desk.live() == {home.edit_id: "Paris"} and ask(home) == "Paris"
+    assert place(desk)[home.edit_id] != joint
+    pairs = Pairs.from_bytes(desk.open().objects.get(joint.pairs))
+    assert not pairs.residuals[joint.row].any(), "the pair that carried both"
+    check(errata)
+    # What comes next is written on what is left.
+    desk.submit("two", make_edit(0, 2, 1, id="anew", submitted_at="2999-01-01T00:00:00+00:00"))
+    desk.apply()
+    assert len(set(place(desk).values())) == 1 and ask(home) == "Paris"
+    check(errata)
+
+
+def test_a_group_moves_to_another_site_as_one(desk: Any, make_edit: Make, ask: Callable[[Edit], str], errata: Any, tmp_path: Any) -> None:
+    import json
+
+    home, sport, other = make_edit(0, 0, 0), make_edit(0, 2, 1), make_edit(1, 0, 3)
+    desk.submit("one", home, sport, other)
+    desk.apply()
+    before = place(desk)
+    profile = desk.open().storage.read(next(entry.key for entry in desk.open().storage.list("shared/profiles/")))
+    values = json.loads(profile)
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"prepare": {**values["prepare"], "steps": 20}, "lam": values["solve"]["lam"]}))
+    ran = errata("rebase", "main", "--profile", str(path), "--yes", "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.json["estimate"]["edits"], ran.json["estimate"]["pairs"]) == (3, 2)
+    after = place(desk)
+    assert after[home.edit_id] == after[sport.edit_id] != before[home.edit_id] and len(set(after.values())) == 2
+    assert [ask(edit) for edit in (home, sport, other)] == ["Paris", "tennis", "Bern"]
+    check(errata)
