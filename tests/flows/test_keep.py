@@ -2,12 +2,16 @@
 
 import os
 import time
+import uuid
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from errata.edits import Edit
+from registry.storage.base import read_clock
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -121,3 +125,45 @@ def test_a_collection_beside_a_run_takes_nothing_from_it(narrow: Any, make_edit:
     time.sleep(0.01)
     monkeypatch.setattr(flows.edit, "commit_batch", collect_first)
     assert [summary.decision for summary in narrow.apply()] == ["accept"]
+
+
+def test_a_stream_on_s3_is_edited_collected_erased_and_restored(
+    desk: Any, make_edit: Make, errata: Callable[..., Any], s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import registry.collection
+    import tasks.keeping
+    from registry.stream import open_stream
+
+    root = f"s3://{s3_bucket}/{uuid.uuid4().hex}"
+    assert errata("bundle", "--to", str(tmp_path / "empty.tar")).code == 0
+    assert errata("unbundle", str(tmp_path / "empty.tar"), "--root", root).code == 0
+    tracking = f"sqlite:///{tmp_path}/m.db"
+    for name, value in {"ROOT": root, "KEEP__RECENT": "1", "KEEP__DAILY_DAYS": "0", "MLFLOW__TRACKING_URI": tracking}.items():
+        monkeypatch.setenv(f"ERRATA_{name}", value)
+
+    def apply(person: int) -> None:
+        assert errata("submit", "-", stdin=(make_edit(person, answer=person).model_dump_json(exclude_none=True) + "\n").encode()).code == 0
+        ran = errata("apply", "--json")
+        assert ran.code == 0, ran.err
+
+    for person in range(3):
+        apply(person)
+    assert errata("gc", "--json").json["archived"] == 2
+    with monkeypatch.context() as patch:  # no S3 lets one change the age of what it holds
+        for module in (registry.collection, tasks.keeping):
+            patch.setattr(module, "read_clock", lambda storage: read_clock(storage) + timedelta(days=2))
+        done = errata("gc", "--json")
+        assert done.code == 0 and done.json["deleted"]["archived version"][0] == 2, done.out + done.err
+    assert errata("rebuild", "--check").code == 0
+    assert errata("rebuild", "--to", "1").code == 0
+    taken = make_edit(1, answer=1)
+    assert errata("withdraw", taken.edit_id, "--yes").code == 0
+    erased = errata("erase", taken.edit_id, "--yes", "--json")
+    assert erased.code == 0 and erased.json["finished"] and erased.json["remains"] == []
+    apply(4)
+    stream = open_stream(root, "main")
+    assert {row.id for row in stream.index.find_rows("live")} == {make_edit(person, answer=person).edit_id for person in (0, 2, 4)}
+    subject = taken.subject.encode()
+    assert not [entry.key for entry in stream.storage.list("streams/") if subject in stream.storage.read(entry.key)]
+    check = errata("rebuild", "--check")
+    assert check.code == 0, check.out
