@@ -26,7 +26,7 @@ demo: $(STAMP)  ## edits through the gate into a registered model, on the built-
 	$(BIN)/errata demo
 
 test: $(STAMP)  ## all tests; no network, no GPU
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withdrawal, the long run, chaos
 	$(BIN)/python -m benchmarks.edit_quality

@@ -239,7 +239,7 @@ def errata(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
     Call it with the words of the command line; `stdin` is what is piped into it, `typed` what a person answers at a terminal.
     """
-    from flows import console
+    from flows import commandline, console
 
     def run(*words: str, stdin: bytes = b"", typed: str | None = None) -> Ran:
         capsys.readouterr()
@@ -261,6 +261,7 @@ def errata(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         "DO_NOT_TRACK": "1",
     }.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(commandline.out, "width", 200)  # whoever imported it first may have had another terminal
     return run
 
 
