@@ -42,15 +42,23 @@ from errata.errors import InputError
 
 KINDS = ("apply", "withdraw", "rollback", "gc")
 _SHARES = (50, 20, 14, 16)
-_STEPS = {"apply": 90, "withdraw": 75, "rollback": 60, "gc": 25}
+_STEPS = {
+    "local": {"apply": 48, "withdraw": 33, "rollback": 22, "gc": 40},
+    "s3": {"apply": 35, "withdraw": 25, "rollback": 18, "gc": 32},
+}
 """About how many steps they take: where the trap is laid."""
-_SECONDS = {"apply": 1.6, "withdraw": 1.4, "rollback": 1.1, "gc": 0.4}
+_SECONDS = {"apply": 1.5, "withdraw": 1.4, "rollback": 1.2, "gc": 0.4}
 """About how long they take: when the clock kills."""
 _SETTINGS = {
     **{f"ERRATA_GATE__{budget}": value for budget, value in LENIENT.items()},
-    **{"ERRATA_DEVICE": "cpu", "ERRATA_THREADS": "1", "ERRATA_ACTOR": "chaos", "MLFLOW_DISABLE_TELEMETRY": "true"},
-    **{"ERRATA_APPLY__SNAPSHOT_EVERY": "3", "ERRATA_APPLY__REFRESH_EVERY": "60"},
-    **{"ERRATA_KEEP__RECENT": "4", "ERRATA_KEEP__DAILY_DAYS": "0"},
+    "ERRATA_DEVICE": "cpu",
+    "ERRATA_THREADS": "1",
+    "ERRATA_ACTOR": "chaos",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "ERRATA_APPLY__SNAPSHOT_EVERY": "3",
+    "ERRATA_APPLY__REFRESH_EVERY": "60",
+    "ERRATA_KEEP__RECENT": "4",
+    "ERRATA_KEEP__DAILY_DAYS": "0",
 }
 
 out = Console(width=130)
@@ -191,9 +199,9 @@ def torment(name: str, root: str, home: Path, kills: int, seed: int, check_every
             command = draw_command(chance, expected, targets, tally.rounds)
             if command.kind == "apply":
                 fork(lambda command=command: leave_file(root, command), home)
-            by_clock = chance.random() < 0.25
+            by_clock, between = chance.random() < 0.25, chance.random() < 0.15
             moment = chance.uniform(0, _SECONDS[command.kind]) if by_clock else None
-            trap = None if by_clock else Trap(chance.randint(1, _STEPS[command.kind]), chance.random() < 0.5)
+            trap = None if by_clock else Trap(chance.randint(1, _STEPS[name][command.kind]), chance.random() < 0.5)
             ended = fork(lambda command=command, trap=trap: strike(command, trap), home, moment)
             killed = ended.status == -signal.SIGKILL
             tally.killed[command.kind] += killed
@@ -201,8 +209,7 @@ def torment(name: str, root: str, home: Path, kills: int, seed: int, check_every
                 tally.wrong.append(f"{command.kind}: failed on its own, with status {ended.status}: {_read_tail(home)}")
                 break
             whole = tally.rounds % check_every == 0 or tally.killed.total() == kills
-            between = killed and chance.random() < 0.15
-            told = fork(lambda command=command, whole=whole, between=between: finish(command, expected, account, whole, between), home)
+            told = fork(lambda rest=(command, expected, account, whole, killed and between): finish(*rest), home)
             if told.result is None:
                 tally.wrong.append(f"{command.kind}: the command that followed failed: {_read_tail(home)}")
                 break
@@ -211,7 +218,7 @@ def torment(name: str, root: str, home: Path, kills: int, seed: int, check_every
             expected.remember(account.seq)
             tally.before += killed and not told.result["landed"]
             tally.after += killed and told.result["landed"]
-            tally.converged += killed
+            tally.converged += killed and not told.result["wrong"]
             tally.checks += whole
             tally.wrong += told.result["wrong"]
             progress.update(bar, completed=tally.killed.total(), refresh=True)

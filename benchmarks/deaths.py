@@ -47,6 +47,9 @@ def import_everything() -> None:
     import tasks._task
 
     tasks._task.stage = lambda function: function
+    import matplotlib.figure  # noqa: F401
+    from mlflow.utils import requirements_utils
+
     import flows.edit
     import flows.keep
     import flows.replay
@@ -54,6 +57,7 @@ def import_everything() -> None:
     import registry.models
     import registry.storage.s3  # noqa: F401
 
+    requirements_utils._init_packages_to_modules_map()  # for each version MLflow would look through all installed packages
     for module in (flows.edit, flows.replay, flows.undo):
         module.get_run_logger = lambda: logging.getLogger("chaos")  # type: ignore[attr-defined]
 

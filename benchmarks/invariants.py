@@ -132,8 +132,8 @@ def _check_files(history: History, expected: Expected, account: Account) -> list
 
 
 def _check_objects(history: History, account: Account) -> list[str]:
-    wrong = []
-    later = [entry.key for entry in history.storage.list(history.key("commits/")) if entry.key > history.key(f"commits/{account.seq:08d}.json")]
+    wrong, newest = [], history.key(f"commits/{account.seq:08d}.json")
+    later = [entry.key for entry in history.storage.list(history.key("commits/")) if entry.key > newest]
     if later:
         wrong.append(f"log: it ends at {account.seq}, and there is {later[0]}")
     stored = {entry.key for entry in history.objects.list_all()}
@@ -142,7 +142,10 @@ def _check_objects(history: History, account: Account) -> list[str]:
     for seq, weights in account.weights.items():
         if int(seq) not in archived:
             needed |= dict.fromkeys(weights, int(seq))
-    return [*wrong, *(f"objects: commit {seq} needs {digest}, which is not there" for digest, seq in needed.items() if digest not in stored)]
+    return [
+        *wrong,
+        *(f"objects: commit {seq} needs {digest}, which is not there" for digest, seq in needed.items() if digest not in stored),
+    ]
 
 
 def _check_tables(stream: Stream, account: Account) -> list[str]:
@@ -171,5 +174,5 @@ def _check_rebuild() -> list[str]:
     from flows.replay import rebuild
 
     report = rebuild.fn("main", check=True)
-    unverified = [f"rebuild: commits {report.unverified} could not be compared"] if report.unverified else []
-    return unverified + [f"rebuild: commit {finding.commit}: {finding.what} {finding.state}: {finding.detail}" for finding in report.findings]
+    wrong = [f"rebuild: commits {report.unverified} could not be compared"] if report.unverified else []
+    return [*wrong, *(f"rebuild: commit {found.commit}: {found.what} {found.state}: {found.detail}" for found in report.findings)]
