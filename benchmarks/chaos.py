@@ -22,7 +22,7 @@ import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,7 +61,7 @@ _SETTINGS = {
     "ERRATA_KEEP__DAILY_DAYS": "0",
 }
 
-out = Console(width=130)
+out = Console(width=110)
 
 
 @dataclass
@@ -118,6 +118,7 @@ class Tally:
     storage: str
     rounds: int = 0
     killed: Counter[str] = field(default_factory=Counter)
+    by_clock: int = 0
     before: int = 0
     """Died before the commit."""
     after: int = 0
@@ -125,6 +126,7 @@ class Tally:
     """The command that followed ended as it should."""
     checks: int = 0
     """Asked `rebuild --check`."""
+    commits: int = 0
     wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -205,6 +207,7 @@ def torment(name: str, root: str, home: Path, kills: int, seed: int, check_every
             ended = fork(lambda command=command, trap=trap: strike(command, trap), home, moment)
             killed = ended.status == -signal.SIGKILL
             tally.killed[command.kind] += killed
+            tally.by_clock += killed and by_clock
             if ended.status not in (0, -signal.SIGKILL):
                 tally.wrong.append(f"{command.kind}: failed on its own, with status {ended.status}: {_read_tail(home)}")
                 break
@@ -220,6 +223,7 @@ def torment(name: str, root: str, home: Path, kills: int, seed: int, check_every
             tally.after += killed and told.result["landed"]
             tally.converged += killed and not told.result["wrong"]
             tally.checks += whole
+            tally.commits = account.seq
             tally.wrong += told.result["wrong"]
             progress.update(bar, completed=tally.killed.total(), refresh=True)
     tally.seconds = time.monotonic() - begun
@@ -292,12 +296,27 @@ def finish(command: Command, expected: Expected, account: Account, whole: bool, 
 
 def build_table(tallies: Sequence[Tally], seed: int) -> Table:
     table = Table(title=f"killed and run again, seed {seed}")
-    for name in ("storage", "rounds", "killed", *KINDS, "before commit", "after", "converged", "lost", "twice", "rebuilds", "wrong", "s"):
-        table.add_column(name, justify="right")
+    table.add_column()
     for tally in tallies:
-        kinds = [str(tally.killed[kind]) for kind in KINDS]
-        fates = [tally.before, tally.after, tally.converged, tally.count("lost"), tally.count("twice"), tally.checks, len(tally.wrong)]
-        table.add_row(tally.storage, str(tally.rounds), str(tally.killed.total()), *kinds, *map(str, fates), f"{tally.seconds:.0f}")
+        table.add_column(tally.storage, justify="right")
+    rows: dict[str, Callable[[Tally], float]] = {
+        "rounds": lambda tally: tally.rounds,
+        "killed": lambda tally: tally.killed.total(),
+        **{f"  {kind}": lambda tally, kind=kind: tally.killed[kind] for kind in KINDS},
+        "  at a random moment": lambda tally: tally.by_clock,
+        "  before the commit": lambda tally: tally.before,
+        "  after it": lambda tally: tally.after,
+        "the next command converged": lambda tally: tally.converged,
+        "lost": lambda tally: tally.count("lost"),
+        "applied twice": lambda tally: tally.count("twice"),
+        "rebuild --check": lambda tally: tally.checks,
+        "  disagreed": lambda tally: tally.count("rebuild"),
+        "anything else wrong": lambda tally: len(tally.wrong) - sum(map(tally.count, ("lost", "twice", "rebuild"))),
+        "commits": lambda tally: tally.commits,
+        "seconds": lambda tally: round(tally.seconds),
+    }
+    for name, read in rows.items():
+        table.add_row(name, *(str(read(tally)) for tally in tallies))
     return table
 
 
