@@ -64,16 +64,27 @@ def import_everything() -> None:
 
 def fork(job: Callable[[], Any], folder: Path, kill_after: float | None = None) -> Ended:
     """Run a job in a process of its own, and kill it after so many seconds. What it prints goes to `output.txt` in the folder."""
+    child = begin(job, folder)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)  # nobody has waited for it yet: it is our child still, dead or alive
+    return end(child, folder)
+
+
+def begin(job: Callable[[], Any], folder: Path) -> int:
+    """The process that runs a job from now on; one in each folder at a time."""
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         _work(job, folder, answer)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)  # nobody has waited for it yet: it is our child still, dead or alive
+    return child
+
+
+def end(child: int, folder: Path) -> Ended:
+    """Wait for the process that `begin` gave."""
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return Ended(status, json.loads(answer.read_text()) if status == 0 else None)
+    return Ended(status, json.loads((folder / "answer.json").read_text()) if status == 0 else None)
 
 
 def _work(job: Callable[[], Any], folder: Path, answer: Path) -> None:

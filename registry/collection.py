@@ -23,12 +23,13 @@ which counts for an hour only.
 import json
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from errata.edits import canonical_json
-from errata.errors import ConflictError, KeyMissingError, StorageError
+from errata.errors import ConflictError, KeyExistsError, KeyMissingError, StorageError
 from registry.checkpoints import Checkpoint
 from registry.erased import read_erasures
 from registry.events import Commit, read_formatted
@@ -177,7 +178,8 @@ def delete_garbage(history: History, survey: Survey, due: list[Candidate], now: 
     for start in range(0, len(due), _RUN):
         run = {candidate.digest: candidate for candidate in due[start : start + _RUN]}
         key = history.key(f"gc/{uuid.uuid4().hex}.json")
-        history.storage.create(key, canonical_json(sorted(run)))
+        with suppress(KeyExistsError):  # nobody else's: a request whose answer got lost, and that was repeated
+            history.storage.create(key, canonical_json(sorted(run)))
         try:
             _read_on(history, survey)
             for digest, candidate in run.items():
