@@ -22,9 +22,10 @@ from flows.commandline import (
     open_here,
     out,
     print_json,
+    show_committed,
     spell_submission,
 )
-from flows.prefect_server import ready_prefect, start_prefect
+from flows.prefect_server import start_prefect
 from registry.events import RollbackCommit, WithdrawalCommit
 from registry.stream import Stream
 from registry.undoing import choose_live, choose_target, compare_live, find_gone
@@ -118,10 +119,7 @@ def show_done(settings: Settings, stream: Stream, dry_run: bool) -> Iterator[Non
         yield
     except InputError:
         if not dry_run and isinstance(stream.log.read(stream.head.seq), WithdrawalCommit | RollbackCommit):
-            ready_prefect(settings)
-            from tasks.projecting import show_log
-
-            show_log(settings, stream)
+            show_committed(settings, stream)
         raise
 
 
