@@ -28,10 +28,11 @@ demo: $(STAMP)  ## edits through the gate into a registered model, on the built-
 test: $(STAMP)  ## all tests; no network, no GPU
 	$(BIN)/pytest
 
-bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth
+bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, commands that are killed
 	$(BIN)/python -m benchmarks.edit_quality
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.edit_speed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos
 
 lint: $(STAMP) types  ## style, types and import contracts
 	$(BIN)/ruff check .

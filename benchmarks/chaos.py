@@ -226,6 +226,8 @@ def torment(name: str, root: str, home: Path, kills: int, seed: int, check_every
             tally.commits = account.seq
             tally.wrong += told.result["wrong"]
             progress.update(bar, completed=tally.killed.total(), refresh=True)
+    if not tally.wrong and tally.killed.total() < kills:
+        tally.wrong.append(f"traps: expected {kills} deaths, found {tally.killed.total()} in {tally.rounds} rounds")
     tally.seconds = time.monotonic() - begun
     return tally
 

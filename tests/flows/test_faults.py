@@ -24,7 +24,7 @@ from benchmarks.invariants import Account, check_stream
 from benchmarks.tiny_base import start_root
 from errata.edits import Edit, digest_of
 from registry.history import open_history
-from registry.keeping import open_archived
+from registry.keeping import open_archived, open_pins
 from registry.storage.base import Entry
 from registry.storage.local import LocalStorage
 from registry.stream import open_stream
@@ -78,7 +78,7 @@ def test_clocks_that_differ_change_no_order(desk: Any, make_edit: Make, monkeypa
 
     monkeypatch.setenv("ERRATA_KEEP__RECENT", "1")
     batches = [[make_edit(0), make_edit(1)], [make_edit(0, answer=1)], [make_edit(0, answer=2), make_edit(2)], [make_edit(1, answer=3)]]
-    for number, (days, edits) in enumerate(zip((0, -3, 40, -1), batches, strict=True)):
+    for number, (days, edits) in enumerate(zip((0, -3, -1, 40), batches, strict=True)):
         now = datetime.now(UTC) + timedelta(days=days)
         monkeypatch.setattr(tasks.committing, "datetime", SimpleNamespace(now=lambda _zone, now=now: now))
         leave(str(desk.root), str(number), edits)
@@ -284,12 +284,38 @@ def test_a_listing_that_is_late_hides_nothing_that_counts(
         grow_old(desk.root, 3)
         leave(root, f"late-{number}", edits)
         batches.append(edits)
+        pins = open_pins(desk.open().storage, "main")
+        pins.write(1, "audit")
         listing.freeze()
+        pins.remove(1)
         desk.apply()
         deleted += sum(count for count, _ in collect_garbage("main").deleted.values())
         listing.thaw()
         assert look(root, *batches) == []
     assert deleted > 0
+
+
+def test_a_hint_that_is_listed_still_and_gone_is_passed_over(
+    desk: Any, make_edit: Make, listing: Listing, monkeypatch: pytest.MonkeyPatch, prefect_server: str
+) -> None:
+    """As between two machines: one has committed the pairs that the other has just seen waiting."""
+    import flows.edit
+
+    def die(*_: Any) -> Any:
+        raise RuntimeError("killed")
+
+    monkeypatch.setenv("ERRATA_APPLY__BATCH_SIZE", "2")
+    batches = [[make_edit(0), make_edit(1)], [make_edit(2), make_edit(3)]]
+    for number, edits in enumerate(batches):
+        leave(str(desk.root), str(number), edits)
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.edit, "merge_pairs", die)
+        with pytest.raises(RuntimeError):
+            desk.apply()
+    listing.freeze()
+    assert [summary.decision for summary in desk.apply()] == ["accept", "accept"]
+    listing.thaw()
+    assert look(str(desk.root), *batches) == []
 
 
 # A disk that is full
