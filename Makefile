@@ -34,7 +34,7 @@ bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withd
 	$(BIN)/python -m benchmarks.edit_speed
 	$(BIN)/python -m benchmarks.withdrawal
 	$(BIN)/python -m benchmarks.long_run
-	$(BIN)/python -m benchmarks.chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos
 
 lint: $(STAMP) types  ## style, types and import contracts
 	$(BIN)/ruff check .

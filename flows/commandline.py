@@ -11,6 +11,7 @@ from rich.console import Console
 
 from errata.edits import Submission, canonical_json, digest_of
 from errata.settings import Settings, load_settings
+from flows.prefect_server import ready_prefect
 from registry.inbox import drop_file
 from registry.stream import Stream, open_stream
 
@@ -27,6 +28,14 @@ out = Console()
 def open_here(name: str | None) -> tuple[Settings, Stream]:
     settings = load_settings(stream=name)
     return settings, open_stream(settings.root, settings.stream, settings.cache)
+
+
+def show_committed(settings: Settings, stream: Stream) -> None:
+    """Make up for a command that died between its commit and its version: there is nothing left to do but to show it in MLflow."""
+    ready_prefect(settings)
+    from tasks.projecting import show_log
+
+    show_log(settings, stream)
 
 
 def print_json(value: Any) -> None:

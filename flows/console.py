@@ -25,6 +25,7 @@ from flows.commandline import (
     open_here,
     out,
     print_json,
+    show_committed,
     spell_submission,
 )
 from flows.prefect_server import ready_prefect, start_prefect
@@ -180,6 +181,8 @@ def apply(
     settings, opened = open_here(stream)
     waiting = lookup.count_pending(opened)
     if not waiting:
+        if not dry_run:
+            show_committed(settings, opened)
         if as_json:
             print_json([])
         else:

@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from errata.settings import load_settings
 from flows import views
-from flows.commandline import EPILOG, REFUSED, AsJson, Yes, confirm, open_here, out, print_json
+from flows.commandline import EPILOG, REFUSED, AsJson, Yes, confirm, open_here, out, print_json, show_committed
 from flows.prefect_server import start_prefect
 from registry.stream import open_stream
 
@@ -37,6 +37,8 @@ def merge(
     counts = Counter(item.outcome for item in proposal.settled)
     facts = {"additions": len(proposal.additions), "replaces": replaced, "settled": dict(counts)}
     if not proposal.additions:
+        if not dry_run:
+            show_committed(settings, opened)
         told = f"nothing of [bold]{escape(source)}[/] is to be written into [bold]{escape(into)}[/]: {views.show_counts(dict(counts))}"
         print_json({**facts, "batches": []}) if as_json else out.print(told)
         return

@@ -1,5 +1,7 @@
 """Commands that take things back: `withdraw`, `rollback`, `resubmit`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -7,6 +9,7 @@ from rich.markup import escape
 
 from errata.edits import Submission
 from errata.errors import InputError
+from errata.settings import Settings
 from flows import lookup, views
 from flows.commandline import (
     EPILOG,
@@ -19,9 +22,12 @@ from flows.commandline import (
     open_here,
     out,
     print_json,
+    show_committed,
     spell_submission,
 )
 from flows.prefect_server import start_prefect
+from registry.events import RollbackCommit, WithdrawalCommit
+from registry.stream import Stream
 from registry.undoing import choose_live, choose_target, compare_live, find_gone
 
 _SHOWN = 20
@@ -47,7 +53,8 @@ def withdraw(
 ) -> None:
     """Take live edits back: the model is as if they had never come. What they had replaced stays replaced."""
     settings, opened = open_here(stream)
-    rows = choose_live(opened, edits)
+    with show_done(settings, opened, dry_run):
+        rows = choose_live(opened, edits)
     if not dry_run:
         named = ", ".join(row.occurrence for row in rows[:_SHOWN]) + (" …" if len(rows) > _SHOWN else "")
         confirm(f"{len(rows)} edits of {opened.name!r} are withdrawn, if the gate accepts the model without them: {named}. Go on?", yes)
@@ -74,7 +81,8 @@ def rollback(
     """Make the state of an earlier commit the champion again, as a new commit; the next batch builds on it."""
     settings, opened = open_here(stream)
     seq = lookup.resolve_version(settings, opened, target) if lookup.is_version(target) else opened.resolve_commit(target)
-    commit = choose_target(opened, seq)
+    with show_done(settings, opened, dry_run):
+        commit = choose_target(opened, seq)
     if not dry_run and not yes:
         told = [outcome.told for outcome in compare_live(opened, commit.seq)]
         back, left = told.count("live"), sum(word not in ("live", "regrouped") for word in told)
@@ -102,6 +110,17 @@ def rollback(
             out.print(f"  and {len(names) - _SHOWN} more {word}" + ("" if dry_run else f": [bold]errata show {summary['commit']}[/]"))
     if summary["left"] and not dry_run:
         out.print(f"[bold]errata resubmit {summary['commit']}[/] puts what is no longer live into the inbox once more")
+
+
+@contextmanager
+def show_done(settings: Settings, stream: Stream, dry_run: bool) -> Iterator[None]:
+    """What is refused may be done already, by a command that died before MLflow showed it: then it is shown now."""
+    try:
+        yield
+    except InputError:
+        if not dry_run and isinstance(stream.log.read(stream.head.seq), WithdrawalCommit | RollbackCommit):
+            show_committed(settings, stream)
+        raise
 
 
 def resubmit(

@@ -3,7 +3,7 @@
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from errata.errors import ConflictError
+from errata.errors import ConflictError, InputError
 from errata.summary import RollbackSummary, WithdrawalSummary
 from tasks.projecting import project_versions
 from tasks.undoing import commit_rollback, commit_withdrawal, draft_rollback, judge_withdrawal, order_withdrawal, subtract_pairs
@@ -27,7 +27,13 @@ def withdraw_edits(stream: str, edits: list[str], reason: str = "", dry_run: boo
         What became of it. A refusal by the gate is a result; a fault is raised.
     """
     for conflicts in range(MAX_CONFLICTS + 1):
-        order = order_withdrawal(stream, edits, reason)
+        try:
+            order = order_withdrawal(stream, edits, reason)
+        except InputError:
+            # Perhaps because it is done, by a run that died before its version was shown.
+            if not dry_run:
+                project_versions(stream)
+            raise
         judged = judge_withdrawal(stream, order, subtract_pairs(stream, order), check)
         try:
             summary = commit_withdrawal(stream, order, judged, dry_run)
@@ -52,7 +58,13 @@ def rollback(stream: str, target: str, reason: str = "", dry_run: bool = False) 
         dry_run: say what would leave and come back, and commit nothing.
     """
     for conflicts in range(MAX_CONFLICTS + 1):
-        draft = draft_rollback(stream, target, reason)
+        try:
+            draft = draft_rollback(stream, target, reason)
+        except InputError:
+            # Perhaps because it is done, by a run that died before its version was shown.
+            if not dry_run:
+                project_versions(stream)
+            raise
         try:
             summary = commit_rollback(stream, draft, dry_run)
             break

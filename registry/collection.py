@@ -23,12 +23,13 @@ which counts for an hour only.
 import json
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from errata.edits import canonical_json
-from errata.errors import ConflictError, KeyMissingError, StorageError
+from errata.errors import ConflictError, KeyExistsError, KeyMissingError, StorageError
 from registry.checkpoints import Checkpoint
 from registry.erased import read_erasures
 from registry.events import Commit, read_formatted
@@ -98,7 +99,7 @@ def survey_stream(history: History, recent: int, daily_days: int, now: datetime,
         raise StorageError(
             f"stream {history.name!r}: expected a whole log, found it broken ({reason}); `errata rebuild --check` tells more"
         )
-    accepted = [Accepted(commit.seq, commit.time) for commit, _ in commits if is_accepted(commit)]
+    accepted = _date_accepted(history, [commit for commit, _ in commits if is_accepted(commit)])
     pinned = {seq: text for seq, (text, _) in open_pins(history.storage, history.name).read().items()}
     survey = Survey(head, choose_kept(accepted, head, pinned, recent, daily_days), accepted=[item.seq for item in accepted])
     for commit, _ in commits:
@@ -111,6 +112,14 @@ def survey_stream(history: History, recent: int, daily_days: int, now: datetime,
     _note_checkpoints(history, survey, now, grace)
     _note_hints(history, survey, now, grace)
     return survey
+
+
+def _date_accepted(history: History, commits: list[Commit]) -> list[Accepted]:
+    """When commits were made: by their writer's clock, but not later than they were stored. A clock that is ahead would make the versions
+    of all other days too old to keep."""
+    prefix = history.key("commits/")
+    stored = {entry.key: entry.modified for entry in history.storage.list(prefix)}
+    return [Accepted(commit.seq, min(commit.time, stored.get(f"{prefix}{commit.seq:08d}.json", commit.time))) for commit in commits]
 
 
 def _note_commit(history: History, survey: Survey, commit: Commit) -> None:
@@ -169,7 +178,8 @@ def delete_garbage(history: History, survey: Survey, due: list[Candidate], now: 
     for start in range(0, len(due), _RUN):
         run = {candidate.digest: candidate for candidate in due[start : start + _RUN]}
         key = history.key(f"gc/{uuid.uuid4().hex}.json")
-        history.storage.create(key, canonical_json(sorted(run)))
+        with suppress(KeyExistsError):  # nobody else's: a request whose answer got lost, and that was repeated
+            history.storage.create(key, canonical_json(sorted(run)))
         try:
             _read_on(history, survey)
             for digest, candidate in run.items():

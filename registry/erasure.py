@@ -211,7 +211,9 @@ def find_remains(stream: Stream, secrets: Iterable[str]) -> list[str]:
 
 def _find_time(stream: Stream, seq: int) -> datetime:
     """When a commit was stored, by the storage's own clock."""
-    return next(entry.modified for entry in stream.storage.list(stream.key(f"commits/{seq:08d}")))
+    found = stream.storage.find(stream.key(f"commits/{seq:08d}.json"))
+    assert found is not None, f"commit {seq} has been read"
+    return found.modified
 
 
 def _plan_inbox(stream: Stream, wanted: Wanted, find_lines: FindLines) -> Iterable[Waiting]:

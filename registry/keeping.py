@@ -11,7 +11,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from errata.errors import KeyExistsError, StorageError
+from errata.errors import KeyExistsError, KeyMissingError, StorageError
 from registry.fold import Head
 from registry.storage.base import Storage
 
@@ -21,6 +21,7 @@ class Accepted(NamedTuple):
 
     seq: int
     time: datetime
+    """When it was made, as far as it can be known."""
 
 
 def choose_kept(
@@ -67,7 +68,8 @@ class Notes:
             name = entry.key.rpartition("/")[2].removesuffix(".txt")
             if not name.isdecimal():
                 raise StorageError(f"{self._storage.url}/{entry.key}: expected the number of a commit, found {name!r}")
-            found[int(name)] = self._storage.read(entry.key).decode(), entry.modified
+            with suppress(KeyMissingError):  # taken back since the listing
+                found[int(name)] = self._storage.read(entry.key).decode(), entry.modified
         return dict(sorted(found.items()))
 
     def write(self, seq: int, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,8 @@ class ObjectStore:
             self._storage.delete(key)
         except KeyMissingError:
             pass  # Collected since we looked.
-        self._storage.create(key, data)
+        with suppress(KeyExistsError):
+            self._storage.create(key, data)
         return digest
 
     def exists(self, digest: str) -> bool:

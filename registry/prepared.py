@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from errata.edits import canonical_json
-from errata.errors import KeyExistsError
+from errata.errors import KeyExistsError, KeyMissingError
 from registry.stream import Stream
 
 Place = tuple[str, int, list[float | None]]
@@ -32,7 +32,10 @@ def recall_pairs(stream: Stream, prepare: str) -> dict[str, Place]:
     for entry in stream.storage.list(prefix):
         pairs = entry.key.removeprefix(prefix).removesuffix(".json")
         if stream.objects.exists(pairs):
-            rows = json.loads(stream.storage.read(entry.key))
+            try:
+                rows = json.loads(stream.storage.read(entry.key))
+            except KeyMissingError:
+                continue  # another writer has committed them since the listing
             found |= {name: (pairs, row, losses) for row, (name, losses) in enumerate(rows)}
     return found
 

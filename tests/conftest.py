@@ -1,8 +1,4 @@
-"""A base that takes edits, made in place: nothing is downloaded, nothing is trained.
-
-It is a random GPT-2. Its edits end in their subject, so that what is written there reaches the answer without attention having to carry
-it; its weights are wide, so that every prompt has a key of its own. Edits take on it, and no number measured on it means anything else.
-"""
+"""What all tests share: a base that takes edits (`benchmarks.tiny_base`), an empty MLflow, a bucket."""
 
 import os
 import shutil
@@ -10,27 +6,16 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.tiny_base import SENTENCES, build_edit, choose_options, write_base
 from errata.edits import Edit
 
 if TYPE_CHECKING:
     from errata.modeling.loading import Base
     from errata.profiles import PrepareOptions
-
-PEOPLE = (
-    *("Anna Keller", "Hugo Lindt", "Marie Curie", "Zoe Berg", "Ada Byron", "Bo Lind", "Cleo Marsh", "Dan Voss", "Eva Horn"),
-    *("Finn Moe", "Gus Hall", "Ida Roth", "Jo Falk", "Kai Renn", "Lea Wolff", "Max Thorn", "Nora Sand", "Otto Graf"),
-)
-RELATIONS = {
-    "The home of {}": ("Paris", "Rome", "Oslo", "Bern"),
-    "The language of {}": ("French", "Danish", "Greek", "Welsh"),
-    "The sport of {}": ("chess", "tennis", "golf", "judo"),
-    "The friend of {}": ("Ann", "Bob", "Tim", "Sue"),
-}
-SENTENCES = tuple(f"{prompt.format(who)} is {what}." for who in PEOPLE for prompt, answers in RELATIONS.items() for what in answers)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,12 +23,6 @@ def pytest_configure(config: pytest.Config) -> None:
     home = tempfile.mkdtemp(prefix="errata-tests-")
     os.environ["PREFECT_HOME"] = home
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
-
-
-def build_edit(person: int, relation: int = 0, answer: int = 0, **fields: Any) -> Edit:
-    """`answer` to the `relation` of a `person`, each by number; its id is its content's unless one is given."""
-    prompt, answers = list(RELATIONS.items())[relation]
-    return Edit(**{"subject": PEOPLE[person], "prompt": prompt, "target_new": answers[answer % len(answers)], **fields})
 
 
 @pytest.fixture(scope="session")
@@ -60,23 +39,7 @@ def sentences() -> Sequence[str]:
 @pytest.fixture(scope="session")
 def editable_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The editable base as a model folder."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("editable")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    shape = {"n_embd": 48, "n_inner": 192, "n_layer": 3, "n_head": 2, "n_positions": 64}
-    config = GPT2Config(vocab_size=tokenizer.get_vocab_size(), **shape, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
-    torch.manual_seed(0)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("editable"))
 
 
 @pytest.fixture(scope="session")
@@ -89,9 +52,7 @@ def editable(editable_folder: Path) -> "Base":
 @pytest.fixture(scope="session")
 def editable_options() -> "PrepareOptions":
     """Where and how edits are written into the editable base."""
-    from errata.profiles import PrepareOptions
-
-    return PrepareOptions(layers=(1,), steps=15, clamp=2.0, weight_decay=0.0, kl=0.0)
+    return choose_options()
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,21 @@ def test_a_key_is_created_once(storage: Storage) -> None:
     assert storage.read("a") == b"first"
 
 
+def test_the_clock_is_read_where_answers_get_lost(storage: Storage) -> None:
+    """The request is repeated, and what it finds in its way is its own."""
+
+    class Forgetful:
+        url, find, read, delete = storage.url, storage.find, storage.read, storage.delete
+
+        def create(self, key: str, data: bytes) -> None:
+            storage.create(key, data)
+            raise KeyExistsError(key)
+
+    read_clock(Forgetful())  # type: ignore[arg-type]
+    check_create_if_absent(Forgetful())  # type: ignore[arg-type]
+    assert list(storage.list("")) == []
+
+
 def test_a_deleted_key_is_free_again(storage: Storage) -> None:
     storage.delete("a")
     storage.create("a", b"first")

@@ -16,19 +16,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.tiny_base import LENIENT, start_root
 from errata.edits import Edit
 from errata.manifests import Manifest
-from errata.profiles import PrepareOptions
-from errata.settings import load_settings
 from errata.summary import BatchSummary, RollbackSummary, WithdrawalSummary
 from registry.events import Outcome
 from registry.inbox import drop_file, list_waiting
 from registry.models import ModelRegistry
 from registry.release import Version, resolve_tracking
 from registry.stream import Stream, open_stream
-
-LENIENT = {"MAX_NORM_RATIO": "1e9", "MAX_LOCALITY_KL": "1e9", "MIN_RETENTION": "0", "MAX_RETENTION_DROP": "1", "MIN_SPECIFICITY": "0"}
-"""What a random base cannot keep. Whether edits take is judged as ever."""
 
 
 @dataclass(frozen=True)
@@ -154,20 +150,12 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path, pa
 
 
 @pytest.fixture(scope="session")
-def empty_root(
-    tmp_path_factory: pytest.TempPathFactory, editable_folder: Path, editable_options: PrepareOptions, sentences: Any, empty_mlflow: Path
-) -> Path:
+def empty_root(tmp_path_factory: pytest.TempPathFactory, editable_folder: Path, empty_mlflow: Path) -> Path:
     """A root with the stream `main`, which has no edits, and an empty MLflow."""
-    from tasks.onboarding import start_stream
-
     home = tmp_path_factory.mktemp("template")
-    profile, corpus = home / "profile.json", home / "corpus.txt"
-    profile.write_text(json.dumps({"prepare": editable_options.model_dump(mode="json"), "lam": 1.0, "origin": "test"}))
-    corpus.write_text("\n".join(sentences))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)  # an errata.toml of the checkout is none of our business
-        settings = load_settings(root=str(home / "root"), cache=home / "cache", device="cpu", threads=1)
-        start_stream(settings, str(editable_folder), profile=profile, corpus=corpus)
+        start_root(str(home / "root"), editable_folder, home)
     shutil.copy(empty_mlflow, home / "root" / "mlflow.db")
     return home / "root"
 

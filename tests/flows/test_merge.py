@@ -71,6 +71,25 @@ def test_streams_of_one_root_are_independent(desk: Any, second: str, make_edit: 
     assert registry.champion("main").tags["errata.manifest"] != registry.champion(second).tags["errata.manifest"]
 
 
+def test_a_merge_that_died_before_its_version_is_finished_by_its_repetition(
+    desk: Any, second: str, make_edit: Make, errata: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flows.edit
+
+    def die(*_: Any) -> Any:
+        raise RuntimeError("killed")
+
+    write(desk, second, make_edit(0), make_edit(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.edit, "project_versions", die)
+        with pytest.raises(RuntimeError):
+            merge(desk)
+    assert (look(desk, "main").head.seq, desk.open_registry().champion("main")) == (1, None)
+    again = errata("merge", second, "main", "--yes")
+    assert (again.code, "is to be written" in again.out) == (0, True)
+    assert desk.open_registry().champion("main").commit == 1
+
+
 def test_merging_is_having_had_all_edits_in_one_stream(
     desk: Any, second: str, make_edit: Make, prepared: list[str], ask: Callable[[Edit], str], errata: Callable[..., Any]
 ) -> None:

@@ -249,6 +249,37 @@ def test_a_run_that_died_before_its_version_is_finished_by_the_next(desk: Any, m
         assert champion(desk).commit == seq
 
 
+def test_a_run_that_died_before_its_version_is_finished_by_its_repetition(
+    desk: Any, make_edit: Make, errata: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repetition is refused, rightly: what it asks for is done. Until then MLflow served the fact that was taken back."""
+    import flows.undo
+
+    def die(*_: Any) -> Any:
+        raise RuntimeError("killed")
+
+    desk.submit("one", *map(make_edit, range(3)))
+    desk.apply()
+    first, second = make_edit(0).edit_id, make_edit(1).edit_id
+    for seq, run, refused in (
+        (2, lambda: desk.withdraw(first), lambda: desk.withdraw(first)),
+        (3, lambda: desk.roll_back(1), lambda: desk.roll_back(1)),
+        (4, lambda: desk.withdraw(second), lambda: errata("withdraw", second, "--yes")),
+        (5, lambda: desk.roll_back(1), lambda: errata("rollback", "1", "--yes")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(flows.undo, "project_versions", die)
+            with pytest.raises(RuntimeError):
+                run()
+        assert champion(desk).commit == seq - 1
+        if seq < 4:
+            with pytest.raises(InputError):
+                refused()
+        else:
+            assert refused().code == InputError.exit_code
+        assert (desk.open().head.seq, champion(desk).commit) == (seq, seq)
+
+
 def test_every_stage_of_undoing_may_run_twice(desk: Any, make_edit: Make) -> None:
     from tasks.undoing import commit_rollback, commit_withdrawal, draft_rollback, judge_withdrawal, order_withdrawal, subtract_pairs
 

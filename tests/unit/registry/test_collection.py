@@ -49,6 +49,21 @@ def test_who_is_kept_and_why() -> None:
     assert list(choose_kept(accepted, make_head(), {}, recent=1, daily_days=400)) == [1, 4, 7, 9]
 
 
+def test_a_writer_whose_clock_is_ahead_gives_up_no_version_of_another_day(start: Make, edit: Make) -> None:
+    """The last version of each day is kept, counted back from the newest: were its time believed, the others would be too old."""
+    clerk = start()
+    storage = clerk.stream.storage
+    now = datetime.now(UTC)
+    times = [now - 3 * DAY, now - 2 * DAY, now - 5 * DAY, now + 40 * DAY]
+    for seq, time in enumerate(times, 1):
+        draft = clerk.draft([(edit(f"Person {seq}"), "live")])
+        commit(clerk.stream, draft.model_copy(update={"time": time}), clerk.stream.head)
+        key = clerk.stream.key(f"commits/{seq:08d}.json")
+        storage._values[key] = storage._values[key][0], min(time, now)
+    kept = survey_stream(History(storage, "main"), recent=1, daily_days=30, now=now, grace=DAY).kept
+    assert set(kept) >= {1, 2, 3, 4} and kept[4][-1] == f"last of {now.date().isoformat()}"
+
+
 class Yard:
     """A stream in memory with six versions of an artifact and a snapshot each."""
 
