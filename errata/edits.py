@@ -184,6 +184,12 @@ class Refusal(BaseModel):
         return f"{self.origin}: {self.field}: {self.reason}" if self.field else f"{self.origin}: {self.reason}"
 
 
+def spell_submission(record: Submission) -> bytes:
+    """A submission as a line of an inbox file."""
+    line = record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True) | {"origin": record.origin}
+    return canonical_json(line | {name: True for name in ("again", "force") if getattr(record, name)})
+
+
 def canonical_json(value: Any) -> bytes:
     """One spelling per value: sorted keys, no spaces, NFC text, UTF-8. Digests are taken over these bytes."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_encode)

@@ -89,8 +89,9 @@ class MlflowSettings(_Section):
 
 
 class PolicySettings(_Section):
-    promote: Literal["auto"] = "auto"
-    """An accepted version becomes the champion at once."""
+    promote: Literal["auto", "manual"] = "auto"
+    """`auto`: an accepted version becomes the champion at once. `manual`: it waits for `errata approve`; the next batch builds on it all
+    the same."""
 
 
 class Settings(BaseSettings):

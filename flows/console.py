@@ -10,10 +10,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from errata.edits import Refusal, Submission
+from errata.edits import Refusal, Submission, spell_submission
 from errata.errors import ErrataError, InputError
 from errata.settings import load_settings
-from flows import console_erase, console_keep, console_longrun, console_merge, console_rebase, console_replay, console_undo, lookup, views
+from flows import (
+    console_approval,
+    console_erase,
+    console_keep,
+    console_longrun,
+    console_merge,
+    console_rebase,
+    console_replay,
+    console_undo,
+    lookup,
+    views,
+)
 from flows.commandline import (
     EPILOG,
     REFUSED,
@@ -21,13 +32,12 @@ from flows.commandline import (
     StreamName,
     Yes,
     confirm,
-    drop_lines,
     open_here,
     out,
     print_json,
-    spell_submission,
 )
 from flows.prefect_server import ready_prefect, start_prefect
+from registry.inbox import drop_lines
 
 INTERRUPTED = 130
 
@@ -345,6 +355,7 @@ def demo() -> None:
 
 
 console_undo.add_commands(app)
+console_approval.add_commands(app)
 console_merge.add_commands(app)
 console_rebase.add_commands(app)
 console_replay.add_commands(app)

@@ -14,6 +14,7 @@ from errata.settings import Settings
 from registry.events import Commit
 from registry.fold import EditRow
 from registry.inbox import list_waiting, read_waiting
+from registry.shared import get_base
 from registry.stream import Stream
 
 Facts = dict[str, Any]
@@ -24,14 +25,15 @@ _VERSION = re.compile(r"v\d{1,8}")
 def describe_status(settings: Settings, stream: Stream) -> Facts:
     """Where a stream stands."""
     head, counts = stream.head, stream.index.counts()
-    newest, champion, init = stream.log.read(head.seq), stream.log.read(head.champion), stream.log.read(0)
+    newest, champion = stream.log.read(head.seq), stream.log.read(head.champion)
     return {
         "stream": stream.name,
         "root": stream.storage.url,
-        "base": init.base if init.kind == "init" else {},
+        "base": get_base(stream.storage, head.base).named,
         "profile": head.profile,
         "head": head.seq,
         "champion": head.champion,
+        "challenger": head.challenger,
         "champion_age_seconds": round((datetime.now(UTC) - champion.time).total_seconds()),
         "live": counts.get("live", 0),
         "pending": count_pending(stream),

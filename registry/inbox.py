@@ -1,6 +1,7 @@
 """Where producers leave files of edits. A file is taken line by line into commits, and removed once no line of it is left."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from errata.edits import digest_of
@@ -65,3 +66,15 @@ def drop_file(stream: Stream, name: str, data: bytes) -> str:
             if digest_of(stream.storage.read(key)) == digest_of(data):
                 return chosen
     raise InputError(f"inbox: expected a free name like {name!r}, found 10,000 of them taken")
+
+
+def drop_lines(stream: Stream, lines: Sequence[bytes]) -> str:
+    """Leave lines in the inbox under a name that says when; its name.
+
+    A file is consumed once, by its digest. Who submits the same lines again at the console means it: an empty line more makes them
+    another file.
+    """
+    data = b"\n".join(lines) + b"\n"
+    while stream.index.find_file(digest_of(data)) is not None:
+        data += b"\n"
+    return drop_file(stream, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{digest_of(data)[:8]}.jsonl", data)

@@ -12,6 +12,7 @@ from registry.fold import join_lines
 from registry.inbox import read_waiting
 from registry.orders import Order, Planned, Source
 from registry.stream import Stream
+from registry.undoing import find_gone, submit_gone
 from tasks._session import open_named
 from tasks._task import stage
 
@@ -27,6 +28,13 @@ def order_batch(stream: str) -> str | None:
         return None
     lines = ((arrival.file, arrival.line) for arrival in proposal.considered)
     return write_order(opened, under, proposal, measure_files(lines, intake.names, intake.ended)).store(opened.objects)
+
+
+@stage
+def requeue_gone(stream: str, rollback: int) -> str | None:
+    """Submit once more what a rollback or a refusal took out; the name of the file in the inbox, None where there is nothing."""
+    _, opened = open_named(stream)
+    return submit_gone(opened, find_gone(opened, rollback)[1])
 
 
 def write_order(stream: Stream, under: str, proposal: Proposal, files: tuple[FileUse, ...], source: Source | None = None) -> Order:
