@@ -169,6 +169,8 @@ class Submission(BaseModel):
     """Propose it although it was withdrawn, quarantined or rejected before."""
     force: bool = False
     """Propose it although its `submitted_at` is older than that of the live edit it replaces."""
+    arrived: datetime | None = None
+    """When its file arrived, by the storage's clock: what stands for `submitted_at` where an urgent file has overtaken it."""
 
 
 class Refusal(BaseModel):

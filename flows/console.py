@@ -16,6 +16,7 @@ from errata.settings import load_settings
 from flows import (
     console_approval,
     console_erase,
+    console_inbox,
     console_keep,
     console_longrun,
     console_merge,
@@ -104,6 +105,7 @@ def submit(
     check: Annotated[bool, typer.Option("--check", help="Only say what would become of the records.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Propose edits again that were refused or withdrawn before.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Propose edits although they are older than what they replace.")] = False,
+    urgent: Annotated[bool, typer.Option("--urgent", help="Goes before everything that waits.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Validate edits and leave the good ones in the stream's inbox. Bad records are refused one by one; the file is left as it is."""
@@ -118,7 +120,7 @@ def submit(
             refused.append(record)
         else:
             lines.append(spell_submission(record))
-    name = drop_lines(opened, lines) if lines else None
+    name = drop_lines(opened, lines, urgent=urgent) if lines else None
     if as_json:
         print_json({"stream": opened.name, "submitted": len(lines), "file": name, "refused": [item.model_dump() for item in refused]})
     else:
@@ -362,3 +364,4 @@ console_replay.add_commands(app)
 console_longrun.add_commands(app)
 console_erase.add_commands(app)
 console_keep.add_commands(app)
+console_inbox.add_commands(app)
