@@ -169,6 +169,8 @@ class Submission(BaseModel):
     """Propose it although it was withdrawn, quarantined or rejected before."""
     force: bool = False
     """Propose it although its `submitted_at` is older than that of the live edit it replaces."""
+    arrived: datetime | None = None
+    """When its file arrived, by the storage's clock: what stands for `submitted_at` where an urgent file has overtaken it."""
 
 
 class Refusal(BaseModel):
@@ -182,6 +184,12 @@ class Refusal(BaseModel):
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.field}: {self.reason}" if self.field else f"{self.origin}: {self.reason}"
+
+
+def spell_submission(record: Submission) -> bytes:
+    """A submission as a line of an inbox file."""
+    line = record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True) | {"origin": record.origin}
+    return canonical_json(line | {name: True for name in ("again", "force") if getattr(record, name)})
 
 
 def canonical_json(value: Any) -> bytes:

@@ -1,9 +1,11 @@
 """From the files of an inbox to arrivals: each line that no commit has consumed yet, in order."""
 
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import Protocol
 
 from errata.batching import Arrival
+from errata.edits import Refusal, Submission
 from errata.readers.files import read_lines
 
 
@@ -19,6 +21,14 @@ class WaitingFile(Protocol):
     @property
     def consumed(self) -> tuple[tuple[int, int], ...]:
         """Runs of lines, 1-based, both ends included."""
+
+    @property
+    def modified(self) -> datetime:
+        """When it arrived, by the storage's clock."""
+
+    @property
+    def urgent(self) -> bool:
+        """It goes before files that arrived earlier."""
 
 
 class Intake:
@@ -44,4 +54,13 @@ class Intake:
                 row = next(rows, None)  # one ahead, so that the last one is known as the last when it is handed out
                 if row is None:
                     self.ended.add(file.digest)
-                yield Arrival(record, file.digest, line)
+                yield Arrival(_date_record(record, file), file.digest, line)
+
+
+def _date_record(record: Submission | Refusal, file: WaitingFile) -> Submission | Refusal:
+    """The record with the time that an overtaken one is compared by: what is urgent must not be undone by what waited before it."""
+    if isinstance(record, Refusal):
+        return record
+    if file.urgent and record.edit.submitted_at is None:
+        return record.model_copy(update={"edit": record.edit.model_copy(update={"submitted_at": file.modified})})
+    return record.model_copy(update={"arrived": file.modified})

@@ -118,9 +118,10 @@ class Judge:
         if not own and in_slot and in_slot.content == edit.content_id:
             return Verdict("duplicate", f"the same fact as {in_slot.name}", in_slot.occurrence, in_slot.position)
         displaced = [holder for holder in dict.fromkeys((own, in_slot)) if holder]
+        since = edit.submitted_at or submission.arrived
         for holder in displaced:
-            if not submission.force and edit.submitted_at and holder.submitted_at and edit.submitted_at < holder.submitted_at:
-                times = f"submitted at {edit.submitted_at.isoformat()}, before {holder.submitted_at.isoformat()}"
+            if not submission.force and since and holder.submitted_at and since < holder.submitted_at:
+                times = f"submitted at {since.isoformat()}, before {holder.submitted_at.isoformat()}"
                 return Verdict("stale", f"{times} of {holder.name} which it would replace", holder.occurrence, holder.position)
         return self._propose(submission, position, displaced)
 

@@ -27,6 +27,8 @@ class _Section(BaseModel):
 class ApplySettings(_Section):
     batch_size: int = Field(default=100, ge=1)
     """Most edits in one batch, hence in one commit."""
+    max_tries: int = Field(default=3, ge=1)
+    """How often a run may fail over a file of the inbox until it is set aside."""
     snapshot_every: int = Field(default=10, ge=1)
     """Commits between two snapshots of the editor's state; in between, the pairs since the last one are replayed."""
     refresh_every: int = Field(default=5_000, ge=1)
@@ -89,8 +91,9 @@ class MlflowSettings(_Section):
 
 
 class PolicySettings(_Section):
-    promote: Literal["auto"] = "auto"
-    """An accepted version becomes the champion at once."""
+    promote: Literal["auto", "manual"] = "auto"
+    """`auto`: an accepted version becomes the champion at once. `manual`: it waits for `errata approve`; the next batch builds on it all
+    the same."""
 
 
 class Settings(BaseSettings):

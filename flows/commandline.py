@@ -2,17 +2,13 @@
 
 import json
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from errata.edits import Submission, canonical_json, digest_of
 from errata.settings import Settings, load_settings
 from flows.prefect_server import ready_prefect
-from registry.inbox import drop_file
 from registry.stream import Stream, open_stream
 
 EPILOG = "Exit codes: 0 done, 1 fault, 2 bad input, 3 refused by the gate, 4 conflict with another writer."
@@ -46,21 +42,3 @@ def confirm(question: str, yes: bool) -> None:
     """Ask where somebody can answer."""
     if not yes and sys.stdin.isatty() and sys.stdout.isatty() and not typer.confirm(question):
         raise typer.Exit(0)
-
-
-def spell_submission(record: Submission) -> bytes:
-    """A submission as a line of an inbox file."""
-    line = record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True) | {"origin": record.origin}
-    return canonical_json(line | {name: True for name in ("again", "force") if getattr(record, name)})
-
-
-def drop_lines(stream: Stream, lines: Sequence[bytes]) -> str:
-    """Leave lines in the inbox under a name that says when; its name.
-
-    A file is consumed once, by its digest. Who submits the same lines again at the console means it: an empty line more makes them
-    another file.
-    """
-    data = b"\n".join(lines) + b"\n"
-    while stream.index.find_file(digest_of(data)) is not None:
-        data += b"\n"
-    return drop_file(stream, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{digest_of(data)[:8]}.jsonl", data)

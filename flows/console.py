@@ -10,10 +10,22 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from errata.edits import Refusal, Submission
+from errata.edits import Refusal, Submission, spell_submission
 from errata.errors import ErrataError, InputError
 from errata.settings import load_settings
-from flows import console_erase, console_keep, console_longrun, console_merge, console_rebase, console_replay, console_undo, lookup, views
+from flows import (
+    console_approval,
+    console_erase,
+    console_inbox,
+    console_keep,
+    console_longrun,
+    console_merge,
+    console_rebase,
+    console_replay,
+    console_undo,
+    lookup,
+    views,
+)
 from flows.commandline import (
     EPILOG,
     REFUSED,
@@ -21,14 +33,13 @@ from flows.commandline import (
     StreamName,
     Yes,
     confirm,
-    drop_lines,
     open_here,
     out,
     print_json,
     show_committed,
-    spell_submission,
 )
 from flows.prefect_server import ready_prefect, start_prefect
+from registry.inbox import drop_lines
 
 INTERRUPTED = 130
 
@@ -95,6 +106,7 @@ def submit(
     check: Annotated[bool, typer.Option("--check", help="Only say what would become of the records.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Propose edits again that were refused or withdrawn before.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Propose edits although they are older than what they replace.")] = False,
+    urgent: Annotated[bool, typer.Option("--urgent", help="Goes before everything that waits.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Validate edits and leave the good ones in the stream's inbox. Bad records are refused one by one; the file is left as it is."""
@@ -109,7 +121,7 @@ def submit(
             refused.append(record)
         else:
             lines.append(spell_submission(record))
-    name = drop_lines(opened, lines) if lines else None
+    name = drop_lines(opened, lines, urgent=urgent) if lines else None
     if as_json:
         print_json({"stream": opened.name, "submitted": len(lines), "file": name, "refused": [item.model_dump() for item in refused]})
     else:
@@ -348,9 +360,11 @@ def demo() -> None:
 
 
 console_undo.add_commands(app)
+console_approval.add_commands(app)
 console_merge.add_commands(app)
 console_rebase.add_commands(app)
 console_replay.add_commands(app)
 console_longrun.add_commands(app)
 console_erase.add_commands(app)
 console_keep.add_commands(app)
+console_inbox.add_commands(app)

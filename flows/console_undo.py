@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from errata.edits import Submission
 from errata.errors import InputError
 from errata.settings import Settings
 from flows import lookup, views
@@ -18,17 +17,15 @@ from flows.commandline import (
     StreamName,
     Yes,
     confirm,
-    drop_lines,
     open_here,
     out,
     print_json,
     show_committed,
-    spell_submission,
 )
 from flows.prefect_server import start_prefect
 from registry.events import RollbackCommit, WithdrawalCommit
 from registry.stream import Stream
-from registry.undoing import choose_live, choose_target, compare_live, find_gone
+from registry.undoing import choose_live, choose_target, compare_live, find_gone, submit_gone
 
 _SHOWN = 20
 """Edits named before the rest is only counted."""
@@ -131,9 +128,7 @@ def resubmit(
     """Put the edits that a rollback took out into the inbox once more, but for those whose place a newer edit has."""
     _, opened = open_here(stream)
     seq, gone = find_gone(opened, opened.resolve_commit(commit) if commit is not None else None)
-    # They had been accepted once, some in spite of an older withdrawal: what was insisted upon then still is.
-    records = [Submission(edit=opened.read_record(row).edit, origin=row.origin, again=True) for row in gone.rows]
-    name = drop_lines(opened, [spell_submission(record) for record in records]) if records else None
+    name = submit_gone(opened, gone)
     if as_json:
         overtaken = {row.occurrence: newer.occurrence for row, newer in gone.overtaken}
         print_json({"rollback": seq, "submitted": [row.occurrence for row in gone.rows], "overtaken": overtaken, "file": name})
@@ -141,6 +136,6 @@ def resubmit(
         for row, newer in gone.overtaken:
             out.print(f"{escape(row.occurrence)} [dim]stays out: {escape(newer.occurrence)} has its place now[/]")
         where = f" in inbox/{name}; [bold]errata apply[/] writes them" if name else ""
-        out.print(f"{len(records)} edits that commit {seq} took out are submitted to [bold]{opened.name}[/]{where}")
-    if not records:
+        out.print(f"{len(gone.rows)} edits that commit {seq} took out are submitted to [bold]{opened.name}[/]{where}")
+    if not gone.rows:
         raise typer.Exit(InputError.exit_code)

@@ -8,14 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from errata.builtin import CAVEAT
-from errata.edits import Edit, Submission, canonical_json
+from errata.edits import Edit, Submission, canonical_json, spell_submission
 from errata.errors import UnknownNameError
 from errata.settings import Settings
 from errata.world import make_world
 from flows import lookup, views
-from flows.commandline import drop_lines, spell_submission
 from flows.edit import apply_edits
-from registry.inbox import drop_file
+from registry.inbox import drop_file, drop_lines
 from registry.storage.base import open_storage
 from registry.stream import Stream, list_streams
 from tasks.asking import answer_prompts

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from errata.errors import ConflictError
-from errata.rounds import Round
+from errata.errors import ConflictError, RegistryError, StorageError
+from errata.rounds import Prepared, Round
 from errata.summary import BatchSummary
 from tasks.committing import commit_batch
 from tasks.compacting import refresh_sums
 from tasks.editing import merge_pairs, prepare_pairs
 from tasks.evaluating import judge_candidate
-from tasks.intake import order_batch
+from tasks.intake import note_failure, order_batch
 from tasks.projecting import project_versions
 
 MAX_CONFLICTS = 5
@@ -33,18 +33,30 @@ def apply_edits(stream: str = "main", dry_run: bool = False) -> list[BatchSummar
     return write_batches(stream, lambda: order_batch(stream), dry_run)
 
 
+def try_batch(stream: str, order: str) -> tuple[Prepared, list[Round]]:
+    """Prepare a batch, then merge and judge it until the gate has decided."""
+    prepared = prepare_pairs(stream, order)
+    rounds: list[Round] = []
+    rest = prepared.ready
+    while rest:
+        candidate = merge_pairs(stream, order, prepared, rest)
+        rounds.append(judge_candidate(stream, order, candidate, rounds))
+        rest = rounds[-1].again
+    return prepared, rounds
+
+
 def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bool) -> list[BatchSummary]:
     """Write order after order into a stream, until there is none."""
     done: list[BatchSummary] = []
     conflicts = 0
     while (order := order_next()) is not None:
-        prepared = prepare_pairs(stream, order)
-        rounds: list[Round] = []
-        rest = prepared.ready
-        while rest:
-            candidate = merge_pairs(stream, order, prepared, rest)
-            rounds.append(judge_candidate(stream, order, candidate, rounds))
-            rest = rounds[-1].again
+        try:
+            prepared, rounds = try_batch(stream, order)
+        except (StorageError, RegistryError):
+            raise  # whatever is in the batch
+        except Exception as fault:
+            note_failure(stream, order, f"{type(fault).__name__}: {fault}")
+            raise
         try:
             done.append(commit_batch(stream, order, prepared, rounds, dry_run))
         except ConflictError as conflict:

@@ -13,7 +13,10 @@ from errata.errors import InputError, UnknownNameError
 from errata.settings import Settings
 from registry.events import Commit
 from registry.fold import EditRow
-from registry.inbox import list_waiting, read_waiting
+from registry.inbox import PART, InboxFile, list_files, list_waiting, read_waiting
+from registry.setbacks import list_aside, read_setbacks
+from registry.shared import get_base
+from registry.storage.base import Entry
 from registry.stream import Stream
 
 Facts = dict[str, Any]
@@ -24,14 +27,15 @@ _VERSION = re.compile(r"v\d{1,8}")
 def describe_status(settings: Settings, stream: Stream) -> Facts:
     """Where a stream stands."""
     head, counts = stream.head, stream.index.counts()
-    newest, champion, init = stream.log.read(head.seq), stream.log.read(head.champion), stream.log.read(0)
+    newest, champion = stream.log.read(head.seq), stream.log.read(head.champion)
     return {
         "stream": stream.name,
         "root": stream.storage.url,
-        "base": init.base if init.kind == "init" else {},
+        "base": get_base(stream.storage, head.base).named,
         "profile": head.profile,
         "head": head.seq,
         "champion": head.champion,
+        "challenger": head.challenger,
         "champion_age_seconds": round((datetime.now(UTC) - champion.time).total_seconds()),
         "live": counts.get("live", 0),
         "pending": count_pending(stream),
@@ -45,11 +49,34 @@ def describe_status(settings: Settings, stream: Stream) -> Facts:
 
 def count_pending(stream: Stream) -> int:
     """Lines in the inbox that no commit has consumed."""
-    pending = 0
+    return sum(_count_left(file) for file in read_waiting(stream))
+
+
+def _count_left(file: InboxFile) -> int:
+    consumed = sum(last - first + 1 for first, last in file.consumed)
+    return max(sum(1 for line in file.data.split(b"\n") if line.strip()) - consumed, 0)
+
+
+def describe_inbox(stream: Stream) -> list[Facts]:
+    """The files of the inbox in the order they are taken, then those that were set aside."""
+    now, setbacks, rows = datetime.now(UTC), read_setbacks(stream), []
+
+    def add(entry: Entry, state: str, records: int | None, why: str) -> None:
+        age = max((now - entry.modified).total_seconds(), 0.0)
+        name = entry.key.rpartition("/")[2]
+        rows.append({"file": name, "records": records, "bytes": entry.size, "age_seconds": round(age), "state": state, "why": why})
+
+    entries = {entry.key.rpartition("/")[2]: entry for entry in list_files(stream)}
     for file in read_waiting(stream):
-        consumed = sum(last - first + 1 for first, last in file.consumed)
-        pending += max(sum(1 for line in file.data.split(b"\n") if line.strip()) - consumed, 0)
-    return pending
+        reasons = setbacks.get(file.digest, [])
+        state = f"failed {len(reasons)} times" if reasons else "urgent" if file.urgent else "waits"
+        add(entries.pop(file.name), state, _count_left(file), reasons[-1] if reasons else "")
+    for name, entry in entries.items():
+        if name.endswith(PART):
+            add(entry, "being written", None, "")
+    for entry, report in list_aside(stream):
+        add(entry, "set aside", None, (report.get("reasons") or [""])[-1])
+    return rows
 
 
 def describe_log(stream: Stream, count: int) -> list[Facts]:

@@ -55,7 +55,11 @@ def build_status(facts: Facts) -> RenderableType:
         [
             ("stream", f"[bold]{facts['stream']}[/] in {escape(facts['root'])}"),
             ("base", escape(f"{base.get('kind')} {base.get('source')} ({str(base.get('digest'))[:12]})")),
-            ("champion", f"commit {facts['champion']}, {show_age(facts['champion_age_seconds'])} old"),
+            (
+                "champion",
+                f"commit {facts['champion']}, {show_age(facts['champion_age_seconds'])} old"
+                + (f"; commit {waiting} waits for [bold]errata approve[/]" if (waiting := facts["challenger"]) is not None else ""),
+            ),
             ("live", str(facts["live"])),
             ("pending", f"{facts['pending']}" + (f" in {len(facts['waiting_files'])} files" if facts["waiting_files"] else "")),
             ("quarantined", f"{facts['quarantined']} quarantined, {facts['rejected']} rejected"),

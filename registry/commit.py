@@ -18,10 +18,11 @@ from registry.events import (
     CompactionCommit,
     ErasureCommit,
     InitCommit,
+    PromotionCommit,
     RebaseCommit,
     RebuildCommit,
     RejectionCommit,
-    RollbackCommit,
+    ReturnCommit,
     Status,
     write_commit,
 )
@@ -101,9 +102,11 @@ def _check_objects(stream: Stream, draft: Commit) -> None:
 
 def _check_changes(stream: Stream, draft: Commit, parent: Head) -> None:
     """A commit that could not be folded, or would apply a line or an edit twice, must not land: history is not rewritten."""
-    if isinstance(draft, RejectionCommit) and draft.manifest != parent.manifest:
+    if isinstance(draft, PromotionCommit):
+        _check_promotion(stream, draft, parent)
+    if isinstance(draft, PromotionCommit | RejectionCommit) and draft.manifest != parent.manifest:
         raise StorageError(f"{draft.name}: expected the previous manifest {parent.manifest}, found {draft.manifest}")
-    if isinstance(draft, RollbackCommit):
+    if isinstance(draft, ReturnCommit):
         _check_target(stream, draft)
     if isinstance(draft, RebuildCommit | CompactionCommit) and draft.of != parent.accepted:
         raise StorageError(f"{draft.name}: expected the state of the newest accepted commit {parent.accepted}, found that of {draft.of}")
@@ -134,7 +137,13 @@ def _check_everyone(stream: Stream, draft: RebaseCommit, changes: Changes) -> No
         raise StorageError(f"{draft.name}: expected an outcome for every live edit, found none for {', '.join(left[:5])}")
 
 
-def _check_target(stream: Stream, draft: RollbackCommit) -> None:
+def _check_promotion(stream: Stream, draft: PromotionCommit, parent: Head) -> None:
+    """Only what came after the champion, and was not left behind by a return to it, waits."""
+    if not parent.champion < draft.of <= parent.accepted or not isinstance(stream.log.read(draft.of), AcceptedCommit):
+        raise StorageError(f"{draft.name}: expected a version after the champion, commit {parent.champion}, found commit {draft.of}")
+
+
+def _check_target(stream: Stream, draft: ReturnCommit) -> None:
     target = stream.log.read(draft.target)
     if not isinstance(target, AcceptedCommit | InitCommit) or draft.manifest != target.manifest:
         raise StorageError(
@@ -168,7 +177,7 @@ def _check_occurrences(stream: Stream, draft: Commit, changes: Changes) -> None:
     back = [row for row, move in rows if move.status == "live"]
     live = [row for row in changes.added if row.status == "live"]
     placed = [(row.occurrence, row.pairs) for row in live]
-    if not isinstance(draft, RollbackCommit):
+    if not isinstance(draft, ReturnCommit):
         placed += [(row.occurrence, move.pairs) for row, move in rows if move.status == "live"]
     for occurrence, pairs in placed:
         if pairs is not None and pairs not in draft.pairs:
@@ -193,7 +202,7 @@ def _find_moved(stream: Stream, draft: Commit, move: Move) -> EditRow:
     if not rows:
         raise StorageError(f"{draft.name}: expected an occurrence {name}, found none")
     row, allowed = rows[0], _FROM.get(move.status, ())
-    if isinstance(draft, RollbackCommit):
+    if isinstance(draft, ReturnCommit):
         allowed = tuple(status for status in get_args(Status) if status != "erased")
     if row.status not in allowed:
         wanted = " or ".join(allowed) or "nothing of the kind"

@@ -5,7 +5,7 @@ reader: guessing at a history is worse than not reading it.
 """
 
 import json
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -167,11 +167,11 @@ class _Placing(_CommitBase):
         return self
 
 
-class _Restating(_CommitBase):
-    """The state of the newest accepted commit, in other objects."""
+class _Naming(_CommitBase):
+    """About an earlier commit."""
 
     of: int = Field(ge=0)
-    """The commit whose state it is."""
+    """Its number."""
 
     @model_validator(mode="after")
     def _look_back(self) -> Self:
@@ -205,10 +205,9 @@ class WithdrawalCommit(_CommitBase):
     manifest: Digest
 
 
-class RollbackCommit(_CommitBase):
+class ReturnCommit(_CommitBase):
     """The state of an earlier commit is served again. The outcomes name every occurrence that leaves or comes back."""
 
-    kind: Literal["rollback"] = "rollback"
     target: int = Field(ge=0)
     """The accepted commit, or the first one, whose manifest this is."""
     outcomes: Digest
@@ -223,22 +222,45 @@ class RollbackCommit(_CommitBase):
     promoted: Literal[True] = True
 
     @model_validator(mode="after")
-    def _look_back(self) -> "RollbackCommit":
+    def _look_back(self) -> Self:
         if self.target >= self.seq:
             raise ValueError(f"target: expected a commit before {self.seq}, found {self.target}")
         return self
 
 
-class RebuildCommit(_Restating):
+class RollbackCommit(ReturnCommit):
+    """Somebody asked for it."""
+
+    kind: Literal["rollback"] = "rollback"
+
+
+class RefusalCommit(ReturnCommit):
+    """A challenger was refused: the champion's state again."""
+
+    kind: Literal["refusal"] = "refusal"
+    of: int = Field(ge=0)
+    """The challenger."""
+
+
+class PromotionCommit(_Naming):
+    """A version that waited becomes the champion; `of` is its commit. Nothing else changes."""
+
+    kind: Literal["promotion"] = "promotion"
+    outcomes: None = None
+    manifest: Digest
+    """The previous one: batches go on from the newest accepted version, whatever is served."""
+    promoted: Literal[False] = False
+
+
+class RebuildCommit(_Naming):
     """The state of the newest accepted commit in new objects, because some of its own are damaged and their bytes come out otherwise on
     this machine. Recipe and edits are the same; weights agree to 1e-8."""
 
     kind: Literal["rebuild"] = "rebuild"
     manifest: Digest
-    promoted: Literal[True] = True
 
 
-class CompactionCommit(_Restating):
+class CompactionCommit(_Naming):
     """The state of the newest accepted commit, summed anew from its live pairs in canonical order, and snapshotted: rounding of many
     additions and subtractions goes, the weights agree to 1e-8. The recipe begins anew."""
 
@@ -247,7 +269,6 @@ class CompactionCommit(_Restating):
     """Of the list of pairs that it sums, spelled as a change list: whoever replays the log can begin here."""
     outcomes: None = None
     manifest: Digest
-    promoted: Literal[True] = True
 
 
 class MergeCommit(_CommitBase):
@@ -293,13 +314,21 @@ class RejectionCommit(_CommitBase):
 
 
 AcceptedCommit = (
-    EditsCommit | WithdrawalCommit | RollbackCommit | RebuildCommit | CompactionCommit | MergeCommit | RebaseCommit | ErasureCommit
+    EditsCommit
+    | WithdrawalCommit
+    | RollbackCommit
+    | RefusalCommit
+    | RebuildCommit
+    | CompactionCommit
+    | MergeCommit
+    | RebaseCommit
+    | ErasureCommit
 )
 """Each of them is a version of the model."""
-Commit = InitCommit | AcceptedCommit | RejectionCommit
+Commit = InitCommit | AcceptedCommit | PromotionCommit | RejectionCommit
 _Row = TypeVar("_Row", BatchRow, Outcome)
 _COMMIT: TypeAdapter[Commit] = TypeAdapter(Annotated[Commit, Field(discriminator="kind")])
-_KINDS = ("init", "edits", "withdrawal", "rollback", "rebuild", "compaction", "merge", "rebase", "erasure", "rejection")
+_KINDS = tuple(str(member.model_fields["kind"].default) for member in get_args(Commit))
 
 
 def write_commit(commit: Commit) -> bytes:

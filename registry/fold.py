@@ -23,9 +23,10 @@ from registry.events import (
     Lines,
     MergeCommit,
     Outcome,
+    PromotionCommit,
     RebaseCommit,
     RejectionCommit,
-    RollbackCommit,
+    ReturnCommit,
     Status,
     WithdrawalCommit,
 )
@@ -38,11 +39,11 @@ HELD: tuple[Status, ...] = ("quarantined", "rejected")
 _WITH_BATCH = EditsCommit | MergeCommit | RejectionCommit
 _WITH_PAIRS = EditsCommit | WithdrawalCommit | MergeCommit | RebaseCommit | ErasureCommit
 """Kinds that may name new pairs: of new edits, of key groups that lose a member, of another base."""
-_MOVES: dict[Status, tuple[type[Commit], ...]] = {
-    "live": (*get_args(_WITH_PAIRS), RollbackCommit),
-    "withdrawn": (WithdrawalCommit, RebaseCommit, RollbackCommit),
-    "quarantined": (RebaseCommit, RollbackCommit),
-    "reverted": (RollbackCommit,),
+_MOVES: dict[Status, tuple[type, ...]] = {
+    "live": (*get_args(_WITH_PAIRS), ReturnCommit),
+    "withdrawn": (WithdrawalCommit, RebaseCommit, ReturnCommit),
+    "quarantined": (RebaseCommit, ReturnCommit),
+    "reverted": (ReturnCommit,),
     "erased": (ErasureCommit,),
 }
 """What not every kind may make of an older occurrence."""
@@ -184,13 +185,16 @@ def advance_head(head: Head | None, commit: Commit, digest: str) -> Head:
     if head is None:
         raise FormatError(f"commit {commit.seq}: expected the log to begin with init, found {commit.kind}")
     moved = head.model_copy(update={"seq": commit.seq, "digest": digest})
+    if isinstance(commit, PromotionCommit):
+        waiting = head.challenger if head.challenger is not None and head.challenger > commit.of else None
+        return moved.model_copy(update={"champion": commit.of, "challenger": waiting})
     if not isinstance(commit, AcceptedCommit):
         return moved
     role = {"champion": commit.seq, "challenger": None} if commit.promoted else {"challenger": commit.seq}
     place: dict[str, str] = {}
     if isinstance(commit, RebaseCommit):
         place = {"base": str(commit.base["digest"]), "profile": commit.profile}
-    elif isinstance(commit, RollbackCommit):
+    elif isinstance(commit, ReturnCommit):
         place = {name: digest for name, digest in (("base", commit.base), ("profile", commit.profile)) if digest}
     return moved.model_copy(update={"manifest": commit.manifest, "accepted": commit.seq, **role, **place})
 
@@ -265,7 +269,7 @@ def _read_move(commit: Commit, outcome: Outcome, identity: str, seq: int) -> Mov
             f"commit {commit.seq}: expected no older edit to become {outcome.status} by kind {commit.kind}, found {identity}@{seq}"
         )
     since = outcome.since or commit.time if outcome.status in ("withdrawn", "erased") else None
-    if outcome.status == "live" and not isinstance(commit, RollbackCommit) and outcome.pairs is None:
+    if outcome.status == "live" and not isinstance(commit, ReturnCommit) and outcome.pairs is None:
         raise FormatError(f"commit {commit.seq}: expected the new pair of {identity}@{seq}, which stays live, found none")
     withdrawn_at = since.isoformat() if since else None
     return Move(identity, seq, outcome.status, outcome.by, outcome.reason, withdrawn_at, outcome.pairs, outcome.row)

@@ -1,15 +1,19 @@
 """Where producers leave files of edits. A file is taken line by line into commits, and removed once no line of it is left."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from errata.edits import digest_of
 from errata.errors import InputError, KeyExistsError, KeyMissingError
 from registry.events import Lines
+from registry.storage.base import Entry
 from registry.stream import Stream
 
 PART = ".part"
 """Ending of a file that its producer is still writing."""
+URGENT = ".urgent.jsonl"
+"""Ending of a file that goes before those that arrived earlier."""
 
 
 class InboxFile(NamedTuple):
@@ -19,31 +23,43 @@ class InboxFile(NamedTuple):
     digest: str
     data: bytes
     consumed: tuple[Lines, ...]
+    modified: datetime
+    """When it arrived, by the storage's clock."""
+
+    @property
+    def urgent(self) -> bool:
+        return self.name.endswith(URGENT)
+
+
+def list_files(stream: Stream) -> list[Entry]:
+    """What is in the inbox, in the order it is taken: urgent files first, then by age; files that are still being written come last."""
+    entries = stream.storage.list(stream.key("inbox/"))
+    return sorted(entries, key=lambda entry: (entry.key.endswith(PART), not entry.key.endswith(URGENT), entry.modified, entry.key))
 
 
 def list_waiting(stream: Stream) -> list[str]:
-    """Names of the files in the inbox, oldest first; files that are still being written are not there yet."""
+    """Names of the files in the inbox in the order they are taken; those that are still being written are not there yet."""
     prefix = stream.key("inbox/")
-    entries = [entry for entry in stream.storage.list(prefix) if not entry.key.endswith(PART)]
-    return [entry.key.removeprefix(prefix) for entry in sorted(entries, key=lambda entry: (entry.modified, entry.key))]
+    return [entry.key.removeprefix(prefix) for entry in list_files(stream) if not entry.key.endswith(PART)]
 
 
 def read_waiting(stream: Stream) -> Iterator[InboxFile]:
-    """The files with lines left, oldest first. Each is stored as an object before it is handed out, so that nothing depends on the
-    inbox once a commit names it; a file whose lines are all in the log is removed on the way."""
-    for name in list_waiting(stream):
-        key = stream.key(f"inbox/{name}")
+    """The files with lines left, in the order they are taken. Each is stored as an object before it is handed out, so that nothing
+    depends on the inbox once a commit names it; a file whose lines are all in the log is removed on the way."""
+    for entry in list_files(stream):
+        if entry.key.endswith(PART):
+            continue
         try:
-            data = stream.storage.read(key)
+            data = stream.storage.read(entry.key)
         except KeyMissingError:
             continue  # another writer consumed it since the listing
         digest = digest_of(data)
         use = stream.index.find_file(digest)
         if use is not None and use.done:
-            stream.storage.delete(key)
+            stream.storage.delete(entry.key)
             continue
         stream.objects.put(data)
-        yield InboxFile(name, digest, data, use.lines if use else ())
+        yield InboxFile(entry.key.removeprefix(stream.key("inbox/")), digest, data, use.lines if use else (), entry.modified)
 
 
 def drop_file(stream: Stream, name: str, data: bytes) -> str:
@@ -54,9 +70,10 @@ def drop_file(stream: Stream, name: str, data: bytes) -> str:
     """
     if not name.endswith(".jsonl"):
         raise InputError(f"inbox: expected a name that ends in .jsonl, found {name!r}")
-    stem = name.removesuffix(".jsonl")
+    ending = URGENT if name.endswith(URGENT) else ".jsonl"
+    stem = name.removesuffix(ending)
     for number in range(1, 10_000):
-        chosen = name if number == 1 else f"{stem}-{number}.jsonl"
+        chosen = name if number == 1 else f"{stem}-{number}{ending}"
         key = stream.key(f"inbox/{chosen}")
         try:
             stream.storage.create(key, data)
@@ -65,3 +82,15 @@ def drop_file(stream: Stream, name: str, data: bytes) -> str:
             if digest_of(stream.storage.read(key)) == digest_of(data):
                 return chosen
     raise InputError(f"inbox: expected a free name like {name!r}, found 10,000 of them taken")
+
+
+def drop_lines(stream: Stream, lines: Sequence[bytes], *, urgent: bool = False) -> str:
+    """Leave lines in the inbox under a name that says when; its name.
+
+    A file is consumed once, by its digest. Who submits the same lines again at the console means it: an empty line more makes them
+    another file.
+    """
+    data = b"\n".join(lines) + b"\n"
+    while stream.index.find_file(digest_of(data)) is not None:
+        data += b"\n"
+    return drop_file(stream, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{digest_of(data)[:8]}{URGENT if urgent else '.jsonl'}", data)

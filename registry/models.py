@@ -31,6 +31,8 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 CHAMPION = "champion"
+CHALLENGER = "challenger"
+"""The version that waits for `errata approve`."""
 _PLOT = "norms.png"
 
 _LOOKED_AT = 20
@@ -115,23 +117,32 @@ class ModelRegistry:
 
     def champion(self, stream: str) -> Version | None:
         """What `models:/<stream>@champion` loads, if anything."""
-        with self._reporting(f"read {stream}@{CHAMPION}"):
-            return _describe(self._look_up(lambda: self._client.get_model_version_by_alias(stream, CHAMPION)))
+        return self.find_alias(stream, CHAMPION)
 
-    def point_alias(self, version: Version) -> None:
-        """Make a version the champion.
+    def find_alias(self, stream: str, alias: str) -> Version | None:
+        """What `models:/<stream>@<alias>` loads, if anything."""
+        with self._reporting(f"read {stream}@{alias}"):
+            return _describe(self._look_up(lambda: self._client.get_model_version_by_alias(stream, alias)))
+
+    def point_alias(self, version: Version, alias: str = CHAMPION) -> None:
+        """Make a version the one that an alias names.
 
         Raises:
             RegistryError: MLflow fails, or the alias read back is not what was set.
         """
-        with self._reporting(f"point {version.stream}@{CHAMPION} at version {version.number}"):
-            self._client.set_registered_model_alias(version.stream, CHAMPION, str(version.number))
-        found = self.champion(version.stream)
+        with self._reporting(f"point {version.stream}@{alias} at version {version.number}"):
+            self._client.set_registered_model_alias(version.stream, alias, str(version.number))
+        found = self.find_alias(version.stream, alias)
         if found is None or found.number != version.number:
             raise RegistryError(
-                f"MLflow at {self.tracking_uri}: expected {version.stream}@{CHAMPION} at version {version.number} "
+                f"MLflow at {self.tracking_uri}: expected {version.stream}@{alias} at version {version.number} "
                 f"after setting it, found {found.number if found else 'none'}: someone else moved it"
             )
+
+    def remove_alias(self, stream: str, alias: str) -> None:
+        """Make an alias name nothing."""
+        with self._reporting(f"remove {stream}@{alias}"):
+            self._client.delete_registered_model_alias(stream, alias)
 
     def read_artifacts(self, version: Version) -> list[bytes]:
         """The artifacts of a version as MLflow has them, in order of application.

@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+from errata.edits import Submission, spell_submission
 from errata.errors import InputError, UnknownNameError
 from registry.erased import read_erasures
-from registry.events import AcceptedCommit, InitCommit, Outcome, RollbackCommit, Standing
+from registry.events import AcceptedCommit, InitCommit, Outcome, ReturnCommit, Standing
 from registry.fold import EditRow, split_occurrence
+from registry.inbox import drop_lines
 from registry.stream import Stream
 
 
@@ -71,6 +73,20 @@ def choose_target(stream: Stream, seq: int) -> AcceptedCommit | InitCommit:
     return target
 
 
+def choose_waiting(stream: Stream, seq: int) -> int:
+    """The commit `seq`, if its version waits to become the champion.
+
+    Raises:
+        InputError: it is the champion, is older, or was left behind.
+    """
+    head = stream.head
+    # Whatever returns to an older state is a champion itself: what it left behind is older.
+    if head.challenger is None or not head.champion < seq <= head.challenger or not isinstance(stream.log.read(seq), AcceptedCommit):
+        waits = f"commit {head.challenger} waits" if head.challenger is not None else "none waits"
+        raise InputError(f"expected a version that waits for approval, found commit {seq}; commit {head.champion} is the champion, {waits}")
+    return seq
+
+
 def compare_live(stream: Stream, target: int) -> list[Outcome]:
     """Which occurrences leave and which come back when the state of commit `target` is served again, in order of arrival.
 
@@ -129,7 +145,7 @@ def find_gone(stream: Stream, rollback: int | None = None) -> tuple[int, Gone]:
         InputError: there is no rollback, or the commit is none.
     """
     commit = stream.log.read(rollback if rollback is not None else _find_newest(stream))
-    if not isinstance(commit, RollbackCommit):
+    if not isinstance(commit, ReturnCommit):
         raise InputError(f"resubmit: expected a rollback, found commit {commit.seq} of kind {commit.kind}")
     gone = Gone([], [])
     for outcome in stream.read_outcomes(commit):
@@ -145,8 +161,17 @@ def find_gone(stream: Stream, rollback: int | None = None) -> tuple[int, Gone]:
     return commit.seq, gone
 
 
+def submit_gone(stream: Stream, gone: Gone) -> str | None:
+    """Leave what nothing stands in the way of in the inbox once more; the file's name, None where there is nothing.
+
+    The edits had been accepted once, some in spite of an older withdrawal: what was insisted upon then still is.
+    """
+    records = [Submission(edit=stream.read_record(row).edit, origin=row.origin, again=True) for row in gone.rows]
+    return drop_lines(stream, [spell_submission(record) for record in records]) if records else None
+
+
 def _find_newest(stream: Stream) -> int:
     for seq in range(stream.head.seq, 0, -1):
-        if isinstance(stream.log.read(seq), RollbackCommit):
+        if isinstance(stream.log.read(seq), ReturnCommit):
             return seq
     raise InputError(f"resubmit: expected a rollback in stream {stream.name!r}, found none")

@@ -24,6 +24,7 @@ from registry.events import BatchRow, Commit, EditsCommit, FileUse, MergeCommit,
 from registry.fold import EditRow, join_lines, split_occurrence
 from registry.orders import Order
 from registry.prepared import forget_pairs
+from registry.setbacks import forget_setbacks
 from registry.stream import Stream
 from tasks._session import load_model, open_named
 from tasks._task import stage
@@ -54,6 +55,7 @@ def commit_batch(stream: str, order: str, prepared: Prepared, rounds: list[Round
     if not dry_run:
         commit_once(opened, draft)
         opened.remove_consumed(draft.files)
+        forget_setbacks(opened, [use.digest for use in draft.files])
         if record.pairs:
             forget_pairs(opened, digest_preparation(load_model(settings, opened)), _list_settled(record, rounds))
     return summarise(opened, draft, outcomes, rounds, None if dry_run else draft.seq)

@@ -91,6 +91,7 @@ def compact_stream(settings: Settings, stream: Stream, *, dry_run: bool) -> Comp
         of=head.accepted,
         live=stream.objects.put(spell_live(refs)),
         manifest=stream.objects.put(made.manifest.to_bytes()),
+        promoted=head.champion == head.accepted,
         report=accepted.report,
         decision="accept",
         reasons=(f"summed {len(refs)} pairs anew; the weights moved by {made.gap:.1e}",),

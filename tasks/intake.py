@@ -7,26 +7,58 @@ from errata.batching import Arrival, Proposal, Settled, propose_batch
 from errata.edits import Refusal, Submission
 from errata.gate import digest_judgement
 from errata.intake import Intake
+from errata.settings import Settings
 from registry.events import BatchRow, FileUse, Outcome
 from registry.fold import join_lines
-from registry.inbox import read_waiting
+from registry.inbox import InboxFile, read_waiting
 from registry.orders import Order, Planned, Source
+from registry.setbacks import note_setback, read_setbacks, set_aside
 from registry.stream import Stream
+from registry.undoing import find_gone, submit_gone
 from tasks._session import open_named
 from tasks._task import stage
 
 
 @stage
 def order_batch(stream: str) -> str | None:
-    """The next batch as a stored order; None when nothing waits."""
+    """The next batch as a stored order; None when nothing waits.
+
+    Files that a run failed over come last and one by one, so that they fail alone, and are set aside after `apply.max_tries`.
+    """
     settings, opened = open_named(stream)
-    intake = Intake(read_waiting(opened))
-    under = digest_judgement(settings.gate, opened.head.profile)
-    proposal = propose_batch(intake.read(), opened.index, settings.apply.batch_size, under)
+    setbacks = read_setbacks(opened)
+    found = _propose(settings, opened, (file for file in read_waiting(opened) if file.digest not in setbacks))
+    for file in read_waiting(opened) if found is None and setbacks else ():
+        reasons = setbacks.get(file.digest, ())
+        if len(reasons) >= settings.apply.max_tries:
+            set_aside(opened, file, reasons)
+        elif reasons and (found := _propose(settings, opened, [file])) is not None:
+            break
+    return found.store(opened.objects) if found is not None else None
+
+
+@stage
+def note_failure(stream: str, order: str, reason: str) -> None:
+    """Note that a run failed over the files of an order."""
+    _, opened = open_named(stream)
+    note_setback(opened, [use.digest for use in Order.load(opened.objects, order).files], reason)
+
+
+def _propose(settings: Settings, stream: Stream, files: Iterable[InboxFile]) -> Order | None:
+    """A batch of what these files hold; None where they hold nothing."""
+    intake, under = Intake(files), digest_judgement(settings.gate, stream.head.profile)
+    proposal = propose_batch(intake.read(), stream.index, settings.apply.batch_size, under)
     if not proposal.considered:
         return None
     lines = ((arrival.file, arrival.line) for arrival in proposal.considered)
-    return write_order(opened, under, proposal, measure_files(lines, intake.names, intake.ended)).store(opened.objects)
+    return write_order(stream, under, proposal, measure_files(lines, intake.names, intake.ended))
+
+
+@stage
+def requeue_gone(stream: str, rollback: int) -> str | None:
+    """Submit once more what a rollback or a refusal took out; the name of the file in the inbox, None where there is nothing."""
+    _, opened = open_named(stream)
+    return submit_gone(opened, find_gone(opened, rollback)[1])
 
 
 def write_order(stream: Stream, under: str, proposal: Proposal, files: tuple[FileUse, ...], source: Source | None = None) -> Order:

@@ -20,7 +20,7 @@ from errata.report import Report
 from errata.settings import Settings
 from registry.events import AcceptedCommit
 from registry.keeping import open_archived
-from registry.models import ModelRegistry
+from registry.models import CHALLENGER, CHAMPION, ModelRegistry
 from registry.release import Release, Version, resolve_tracking
 from registry.stream import Stream
 from tasks._session import load_under, open_named, read_manifest
@@ -47,16 +47,16 @@ def show_log(settings: Settings, stream: Stream, *, everything: bool = False) ->
         everything: look for missing versions in the whole log, not only after the newest version.
 
     Returns:
-        Number of the champion's version, None while no commit has been accepted; and how many versions were made.
+        Number of the champion's version, None while there is no champion; and how many versions were made.
 
     Raises:
         RegistryError: MLflow fails, or what is read back from it is not what was accepted.
     """
-    if stream.head.champion == 0:
+    if stream.head.accepted == 0:
         return None, 0
     registry, made = open_registry(settings), 0
     while True:
-        champion = stream.head.champion
+        champion, challenger = stream.head.champion, stream.head.challenger
         for commit in find_unshown(stream, registry, everything):
             with tempfile.TemporaryDirectory(prefix="errata-") as work:
                 try:
@@ -65,19 +65,31 @@ def show_log(settings: Settings, stream: Stream, *, everything: bool = False) ->
                     continue  # it has no weights any more
                 registry.project(release)
             made += 1
-        version = registry.find_version(stream.name, champion)
-        if version is None:
-            raise RegistryError(
-                f"MLflow at {registry.tracking_uri}: expected a version of {stream.name!r} for commit {champion}, found none; "
-                "was it deleted? `errata repair` makes it again"
-            )
-        shown = registry.champion(stream.name)
-        if shown is None or shown.number != version.number:
-            verify_version(settings, stream, registry, version)
-            registry.point_alias(version)
+        served = show_alias(settings, stream, registry, CHAMPION, champion or None)
+        show_alias(settings, stream, registry, CHALLENGER, challenger)
         # MLflow has no compare-and-swap: whoever committed meanwhile must not find an older champion behind theirs.
-        if stream.refresh().champion == champion:
-            return version.number, made
+        head = stream.refresh()
+        if (head.champion, head.challenger) == (champion, challenger):
+            return served, made
+
+
+def show_alias(settings: Settings, stream: Stream, registry: ModelRegistry, alias: str, commit: int | None) -> int | None:
+    """Make an alias name the version of a commit, or nothing; the number of that version."""
+    shown = registry.find_alias(stream.name, alias)
+    if commit is None:
+        if shown is not None:
+            registry.remove_alias(stream.name, alias)
+        return None
+    version = registry.find_version(stream.name, commit)
+    if version is None:
+        raise RegistryError(
+            f"MLflow at {registry.tracking_uri}: expected a version of {stream.name!r} for commit {commit}, found none; "
+            "was it deleted? `errata repair` makes it again"
+        )
+    if shown is None or shown.number != version.number:
+        verify_version(settings, stream, registry, version)
+        registry.point_alias(version, alias)
+    return version.number
 
 
 def open_registry(settings: Settings) -> ModelRegistry:

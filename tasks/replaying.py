@@ -28,7 +28,7 @@ from registry.events import (
     Outcome,
     RebaseCommit,
     RebuildCommit,
-    RollbackCommit,
+    ReturnCommit,
     WithdrawalCommit,
 )
 from registry.fold import Head, split_occurrence
@@ -101,7 +101,7 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
             replay.findings += _check_primary(history, commit, reported, mend=not check)
             if is_accepted(commit):
                 whole = not findings and commit.seq == head.accepted
-                solve = commit.seq == goal or (check and not isinstance(commit, RollbackCommit))
+                solve = commit.seq == goal or (check and not isinstance(commit, ReturnCommit))
                 moved = (position.base, position.profile) != (replay.base, replay.profile)
                 entry = _build_entry(commit, parent, load_site(settings, history, position) if moved else None)
                 remade = replay.follow(entry, solve=solve, remake=whole)
@@ -140,6 +140,7 @@ def commit_rebuilt(settings: Settings, head: Head, manifest: str) -> int:
         parent=head.digest,
         of=head.accepted,
         manifest=manifest,
+        promoted=head.champion == head.accepted,
         report=stream.log.read(head.accepted).report,
         decision="rebuilt",
         reasons=(f"objects of commit {head.accepted} were damaged, and come out with other bytes on this machine",),
@@ -237,7 +238,7 @@ def _read_ends(history: History, to: int | None, findings: list[Finding]) -> tup
 def _build_entry(commit: Commit, parent: int, site: Site | None) -> Entry:
     manifest = commit.manifest or ""
     match commit:
-        case RollbackCommit(target=target):
+        case ReturnCommit(target=target):
             return Entry(commit.seq, parent, manifest, restates=target, site=site)
         case RebuildCommit(of=of):
             return Entry(commit.seq, parent, manifest, restates=of, rebuilt=True)

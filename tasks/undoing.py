@@ -2,6 +2,7 @@
 
 import re
 import time
+from typing import Any
 
 from errata.candidates import build_candidate, load_artifacts
 from errata.errors import EditorError, InputError, KeyMissingError
@@ -13,9 +14,10 @@ from errata.manifests import Manifest
 from errata.monitors.locality import PROBE_TEXTS
 from errata.report import Report
 from errata.rounds import Round
+from errata.settings import Settings
 from errata.summary import RollbackSummary, WithdrawalSummary
 from errata.world import FILLER
-from registry.events import Commit, Outcome, RejectionCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
+from registry.events import Commit, Outcome, RejectionCommit, ReturnCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
 from registry.keeping import open_archived
 from registry.orders import WithdrawalOrder
 from registry.prepared import forget_pairs
@@ -183,25 +185,42 @@ def draft_rollback(stream: str, target: str, reason: str) -> str:
         KeyMissingError: something that its manifest names is gone from the store.
     """
     settings, opened = open_named(stream)
+    fields = draft_return(settings, opened, resolve_state(settings, opened, target), reason)
+    return opened.objects.put(write_commit(RollbackCommit(decision="accept", **fields)))
+
+
+def resolve_state(settings: Settings, stream: Stream, target: str) -> int:
+    """The commit that `12`, `head~1` or `v3` means.
+
+    Raises:
+        UnknownNameError: no such commit or version.
+    """
     version = _VERSION.fullmatch(target)
-    named = open_registry(settings).read_version(opened.name, int(version[1])).commit if version else opened.resolve_commit(target)
-    commit = choose_target(opened, named)
-    head, manifest = opened.head, read_manifest(opened, commit.manifest)
-    _require_objects(opened, commit.seq, manifest)
-    draft = RollbackCommit(
-        seq=head.seq + 1,
-        parent=head.digest,
-        target=commit.seq,
-        outcomes=_store_outcomes(opened, compare_live(opened, commit.seq)),
-        manifest=commit.manifest,
-        report=commit.report,
-        base=manifest.base if manifest.base != head.base else None,
-        profile=manifest.profile if manifest.profile != head.profile else None,
-        decision="accept",
-        reasons=(reason,) if reason else (),
+    return open_registry(settings).read_version(stream.name, int(version[1])).commit if version else stream.resolve_commit(target)
+
+
+def draft_return(settings: Settings, stream: Stream, seq: int, reason: str) -> dict[str, Any]:
+    """The fields of a commit that serves the state of commit `seq` again.
+
+    Raises:
+        InputError: its state is served already.
+        KeyMissingError: something that its manifest names is gone from the store.
+    """
+    commit = choose_target(stream, seq)
+    head, manifest = stream.head, read_manifest(stream, commit.manifest)
+    _require_objects(stream, commit.seq, manifest)
+    return {
+        "seq": head.seq + 1,
+        "parent": head.digest,
+        "target": commit.seq,
+        "outcomes": _store_outcomes(stream, compare_live(stream, commit.seq)),
+        "manifest": commit.manifest,
+        "report": commit.report,
+        "base": manifest.base if manifest.base != head.base else None,
+        "profile": manifest.profile if manifest.profile != head.profile else None,
+        "reasons": (reason,) if reason else (),
         **describe_writer(settings),
-    )
-    return opened.objects.put(write_commit(draft))
+    }
 
 
 @stage
@@ -213,7 +232,7 @@ def commit_rollback(stream: str, draft: str, dry_run: bool = False) -> RollbackS
     """
     _, opened = open_named(stream)
     commit = read_commit(opened.objects.get(draft), "drafted rollback")
-    assert isinstance(commit, RollbackCommit), f"expected the draft of a rollback, found {commit.name}"
+    assert isinstance(commit, ReturnCommit), f"expected the draft of a rollback, found {commit.name}"
     if not dry_run:
         commit_once(opened, commit)
     outcomes = opened.read_outcomes(commit)

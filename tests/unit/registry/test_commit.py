@@ -204,7 +204,7 @@ def draft_compaction(stream: Stream, rows: list[Any], **fields: Any) -> Compacti
         "live": objects.put_json(listed),
         "manifest": objects.put_json({"format": 1, "sums": 1}),
     }
-    return CompactionCommit(**{"seq": head.seq + 1, "parent": head.digest, **COMMON, **content, **fields})
+    return CompactionCommit(**{"seq": head.seq + 1, "parent": head.digest, "promoted": True, **COMMON, **content, **fields})
 
 
 def test_a_compaction_sums_what_is_live_and_changes_no_edit(start: Make, edit: Make) -> None:
