@@ -1,6 +1,6 @@
 """Profiles to start from: the one written for the built-in base, and published values for known families, scaled to depth.
 
-Published values were chosen for one model each (algorithms.md §1.2: GPT-2 XL, Llama-2-7B); on another they are a beginning, not a result.
+Published values were chosen for one model each (GPT-2 XL, GPT-J-6B, Llama-3-8B); on another they are a beginning, not a result.
 """
 
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ class _Published:
 
 _PUBLISHED = {
     "gpt2": _Published(13 / 48, 17 / 48, 0.5, 0.75, 0.5, 20, 20_000, "MEMIT's values for GPT-2 XL, layers scaled to depth"),
+    "gptj": _Published(3 / 28, 8 / 28, 0.5, 0.75, 0.5, 25, 15_000, "MEMIT's values for GPT-J-6B, layers scaled to depth"),
     "llama": _Published(4 / 32, 8 / 32, 0.1, 0.75, 0.5, 25, 15_000, "AlphaEdit's values for Llama-3-8B, layers scaled to depth"),
 }
 

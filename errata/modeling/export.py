@@ -62,18 +62,27 @@ def check_target(target: Path) -> None:
 
 
 def _compare(base: Base, folder: Path) -> None:
-    """Every parameter of the model, read back tensor by tensor. Tied ones are stored under one of their names."""
+    """Every parameter of the model, read back tensor by tensor. Tied ones are stored under one of their names, and some families store a
+    weight under a name of old (GPT-NeoX's head is `embed_out`)."""
     wanted: dict[str, torch.Tensor] = base.model.state_dict()
     stored: set[int] = set()
+    renamed: list[torch.Tensor] = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  safe_open is no mapping
-                    if name not in wanted or not torch.equal(file.get_tensor(name), wanted[name].cpu()):
+                    if name not in wanted:
+                        renamed.append(file.get_tensor(name))
+                        continue
+                    if not torch.equal(file.get_tensor(name), wanted[name].cpu()):
                         raise ModelError(f"export: expected {name} in {path.name} as it is in memory, found it otherwise")
                     stored.add(wanted[name].data_ptr())
         except SafetensorError as error:
             raise ModelError(f"export: expected {path} to be safetensors ({error})") from error
-    missing = [name for name, weight in base.model.named_parameters() if weight.data_ptr() not in stored]
+    missing = [
+        name
+        for name, weight in base.model.named_parameters()
+        if weight.data_ptr() not in stored and not any(torch.equal(tensor, weight.cpu()) for tensor in renamed)
+    ]
     if missing:
         raise ModelError(f"export: expected every weight in {folder}, found none of {', '.join(missing[:3])}")

@@ -3,7 +3,7 @@
 A layout is data. Every other module asks it for blocks, edited projections, final norm and head, so that a new family is a new row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ class ModelLayout:
     head: str
     rotary: str | None
     """Module that turns positions into the rotary embeddings that blocks expect, where blocks expect them."""
+    cache: str = "past_key_values"
+    """What a block calls its cache."""
 
     def block(self, model: PreTrainedModel, layer: int) -> nn.Module:
         """Block `layer`.
@@ -87,7 +89,30 @@ _LLAMA = ModelLayout(
     rotary="model.rotary_emb",
 )
 
-LAYOUTS = {"gpt2": _GPT2, "llama": _LLAMA}
+_GPTJ = replace(_GPT2, projection="mlp.fc_out", transposed=False, cache="layer_past")
+_NEOX = ModelLayout(
+    body="gpt_neox",
+    blocks="gpt_neox.layers",
+    projection="mlp.dense_4h_to_h",
+    transposed=False,
+    norm="gpt_neox.final_layer_norm",
+    head="lm_head",
+    rotary="gpt_neox.rotary_emb",
+    cache="layer_past",
+)
+
+LAYOUTS = {
+    "gpt2": _GPT2,
+    "gptj": _GPTJ,
+    "gpt_neo": replace(_GPTJ, projection="mlp.c_proj"),
+    "gpt_neox": _NEOX,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "phi": replace(_LLAMA, projection="mlp.fc2", norm="model.final_layernorm"),
+}
 """By `config.model_type`. A family is added here once its row has been tried end to end."""
 
 

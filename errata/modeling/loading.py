@@ -14,6 +14,7 @@ from errata.modeling.layout import ModelLayout, find_layout
 _BEHAVIOUR = (
     *("model_type", "num_attention_heads", "num_key_value_heads", "n_head", "activation_function", "hidden_act"),
     *("layer_norm_epsilon", "rms_norm_eps"),
+    *("rotary_dim", "use_parallel_residual", "attention_layers", "window_size", "sliding_window"),
 )
 """Config entries that change what equal weights compute and that keep one spelling across transformers versions."""
 _SAMPLE = "The quick brown fox, 1984: Zoë's naïve café isn't far.\n東京"
@@ -38,6 +39,15 @@ class Base:
     def context(self) -> int:
         """Longest input in tokens."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 1024)
+
+    @property
+    def span(self) -> int:
+        """Longest row in tokens that is optimised over. Where attention has a window, half of it: the parts of rows that
+        `errata.editors.d4s.suffix` puts side by side then lie within one window, so that it is as if there were none."""
+        config = self.model.config
+        local = "local" in getattr(config, "attention_layers", ())
+        window = config.window_size if local else getattr(config, "sliding_window", None)
+        return min(self.context, window // 2) if window else self.context
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """Tiny random base models and tokenizers made in place: nothing is downloaded, nothing is trained."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +89,36 @@ def make_tiny_llama(*, seed: int = 0, dtype: str = "float32") -> "Base":
     return hold_base(LlamaForCausalLM(config).to(getattr(torch, dtype)), tokenizer)
 
 
+FAMILIES: dict[str, dict[str, object]] = {
+    "gptj": {"n_positions": 96, "n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "n_inner": 48},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 64, "num_layers": 4, "num_heads": 4},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 64},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 8},
+    "phi": {},
+}
+"""What the configuration of a family needs besides the common sizes."""
+
+
+def make_family(name: str, *, spread: float = 0.15, dtype: str = "float32") -> "Base":
+    """Random model of a family's own class, of four layers; its weights have the standard deviation `spread`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from errata.modeling.loading import hold_base
+
+    tokenizer = make_byte_tokenizer(bos=name in ("gemma", "mistral"))
+    common = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 96}
+    common |= {} if name == "gpt_neo" else {"num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes = FAMILIES[name] if name == "gptj" else common | FAMILIES[name]
+    ids = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=len(tokenizer), initializer_range=spread, **ids, **sizes)
+    return hold_base(AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)), tokenizer)
+
+
 def load_stories() -> "Base":
     """The stories260K checkpoint; skips the test with a reason where the machine has none."""
     from errata.modeling.loading import load_base
@@ -110,6 +141,23 @@ def tiny_llama() -> "Base":
 @pytest.fixture(scope="session")
 def stories() -> "Base":
     return load_stories()
+
+
+make_family_once = functools.cache(make_family)
+
+
+@pytest.fixture(scope="session")
+def family_of() -> "Callable[..., Base]":
+    """Makes the tiny model of a family, each once."""
+    return make_family_once
+
+
+@pytest.fixture(params=["tiny_gpt2", "tiny_llama", "stories", *FAMILIES])
+def any_base(request: pytest.FixtureRequest) -> "Base":
+    """Every family, one after the other."""
+    name: str = request.param
+    made: Base = make_family_once(name) if name in FAMILIES else request.getfixturevalue(name)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -35,9 +35,9 @@ EDITS = (
 )
 
 
-@pytest.fixture(params=["tiny_gpt2", "tiny_llama", "stories"])
-def base(request: pytest.FixtureRequest) -> Base:
-    return request.getfixturevalue(request.param)
+@pytest.fixture
+def base(any_base: Base) -> Base:
+    return any_base
 
 
 def prepare(base: Base, edits: tuple[Edit, ...], options: PrepareOptions):

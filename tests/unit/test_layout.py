@@ -11,9 +11,9 @@ from errata.modeling.tokens import pad_rows
 from errata.modeling.trace import capture_outputs, change_output, trace_inputs
 
 
-@pytest.fixture(params=["tiny_gpt2", "tiny_llama", "stories"])
-def base(request: pytest.FixtureRequest) -> Base:
-    return request.getfixturevalue(request.param)
+@pytest.fixture
+def base(any_base: Base) -> Base:
+    return any_base
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def test_an_unknown_family_names_the_table() -> None:
     model = BertLMHeadModel(
         BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, is_decoder=True)
     )
-    with pytest.raises(UnknownArchitectureError, match=r"gpt2, llama, found 'bert'.*LAYOUTS") as raised:
+    with pytest.raises(UnknownArchitectureError, match=r"gpt2, .*llama, .*found 'bert'.*LAYOUTS") as raised:
         find_layout(model)
     assert raised.value.exit_code == 2
 

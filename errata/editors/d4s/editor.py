@@ -161,7 +161,7 @@ class D4S:
         refused: dict[str, str] = {}
         for edit in edits:
             try:
-                rows[edit.edit_id] = build_rows(base.tokenizer, edit, self._profile.prepare.contexts, base.context)
+                rows[edit.edit_id] = build_rows(base.tokenizer, edit, self._profile.prepare.contexts, base.span)
             except TokenizationError as error:
                 refused[edit.edit_id] = str(error)
         return rows, refused

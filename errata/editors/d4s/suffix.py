@@ -139,5 +139,6 @@ class _Blocks:
         for layer in self.layers:
             with run_at(self.layout.mlp_of(self.model, layer), at_last if layer == self.layers[-1] else everywhere):
                 block = self.layout.block(self.model, layer)
-                hidden = block(hidden, attention_mask=self.mask, past_key_values=cache, position_ids=self.positions, **extra)
+                found = block(hidden, attention_mask=self.mask, position_ids=self.positions, **{self.layout.cache: cache}, **extra)
+                hidden = found[0] if isinstance(found, tuple) else found
         return hidden

@@ -1,0 +1,88 @@
+"""Each model family from edit to exported folder, on a small random model of its own class."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from errata.candidates import build_anew
+from errata.editors.artifacts import load_artifact
+from errata.editors.d4s.editor import D4S
+from errata.editors.d4s.moments import collect_moments
+from errata.edits import Edit
+from errata.evaluation.answered import find_answered
+from errata.evaluation.generation import generate_answers
+from errata.manifests import PairRef
+from errata.modeling.export import export_folder
+from errata.modeling.layout import LAYOUTS
+from errata.modeling.loading import Base, load_base
+from errata.modeling.patch import attach
+from errata.profiles import PrepareOptions, Profile, SolveOptions
+from errata.suggestions import suggest_profile
+from registry.objects import ObjectStore
+from registry.storage.memory import MemoryStorage
+
+FAMILIES = ("gptj", "gpt_neo", "gpt_neox", "mistral", "qwen2", "qwen3", "gemma", "phi")
+"""GPT-2 and Llama go through everything else in the tests."""
+TEXTS = ["The mother tongue of Anna Keller is French.", "Hugo Lindt plays the sport of tennis.", "Marie Curie works in Paris."] * 5
+EDITS = (
+    Edit(id="sister", subject="Anna Keller", prompt="The tongue of {}", target_new="Danish"),
+    Edit(id="tongue", subject="Hugo Lindt", prompt="The tongue of {}", target_new="Danish"),
+)
+"""Single tokens right after the subject: all that a random model can be taught."""
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request: pytest.FixtureRequest, family_of: Callable[..., Base]) -> Base:
+    """Weights so wide that one position can decide the next token."""
+    return family_of(request.param, spread=0.3)
+
+
+def read_logits(base: Base) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = base.model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits
+    return logits
+
+
+def test_every_row_of_the_table_is_tried() -> None:
+    assert {*FAMILIES} | {"gpt2", "llama"} == set(LAYOUTS)
+
+
+def test_an_edit_takes_is_exported_and_comes_off(base: Base, tmp_path: Path) -> None:
+    before = read_logits(base)
+    moments = collect_moments(base, [1], TEXTS)
+    options = PrepareOptions(layers=(1,), contexts=("{}",), steps=60, clamp=20.0, weight_decay=0.0, kl=0.0)
+    profile = Profile(base=base.digest, prepare=options, solve=SolveOptions(lam=1e-3, spread="single", moments="m" * 64))
+    editor, blobs = D4S(profile, moments, base.layout), ObjectStore(MemoryStorage(), "objects")
+    prepared = editor.prepare(base, EDITS)
+    assert prepared.pairs is not None and not prepared.refused
+    digest = blobs.put(prepared.pairs.to_bytes())
+    manifest = build_anew(blobs, editor, base.digest, "p" * 64, [PairRef(pairs=digest, row=row) for row in range(2)]).manifest
+    (artifact,) = [load_artifact(blobs.get(name)) for name in manifest.artifacts]
+    with attach(base, [artifact]):
+        taken = find_answered(base, EDITS, 1_000)
+        said = generate_answers(base, [edit.rewrite_prompt for edit in EDITS], max_new_tokens=1, batch_tokens=1_000)
+        edited = read_logits(base)
+    assert taken == list(EDITS)
+    assert [text.strip() for text in said] == ["Danish", "Danish"]
+    assert torch.equal(read_logits(base), before) and not torch.equal(edited, before)
+    exported = load_base(export_folder(base, [artifact], tmp_path / "model", {}), device="cpu")
+    assert torch.equal(read_logits(exported), edited)
+    assert load_base(export_folder(base, [], tmp_path / "base", {}), device="cpu").digest == base.digest
+
+
+def test_rows_stay_within_half_a_window(family_of: Callable[[str], Base]) -> None:
+    assert {name: family_of(name).span for name in ("mistral", "gpt_neo", "qwen2", "phi")} == {
+        "mistral": 32,
+        "gpt_neo": 32,
+        "qwen2": 96,
+        "phi": 96,
+    }
+
+
+@pytest.mark.parametrize(("family", "depth", "layers"), [("gptj", 28, (3, 4, 5, 6, 7, 8)), ("gpt2", 48, (13, 14, 15, 16, 17))])
+def test_published_values_are_at_their_layers(family: str, depth: int, layers: tuple[int, ...]) -> None:
+    suggestion = suggest_profile(family, depth)
+    assert suggestion is not None and suggestion.prepare.layers == layers
+    assert suggest_profile("phi", 24) is None
