@@ -212,7 +212,7 @@ def delete_stale(history: History, survey: Survey) -> int:
     dead = [entry for entry in left if now - entry.modified >= _NOTE_COUNTS]
     for entry in (*survey.stale, *dead):
         history.storage.delete(entry.key)
-    return len(survey.stale) + len(dead)
+    return len(survey.stale) + len(dead) + history.storage.sweep(now - _NOTE_COUNTS)
 
 
 def list_given_up(history: History, wanted: int | None) -> frozenset[str]:

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import suppress
+from datetime import timedelta
 
 from errata.candidates import load_state, read_pairs
 from errata.editors.base import Pairs
@@ -17,6 +18,7 @@ from registry.commit import commit
 from registry.erased import announce, read_erasures
 from registry.erasure import Wanted, choose_erasable, draft_tombstones, find_remains, plan_erasure, survey_log
 from registry.events import ErasureCommit
+from registry.storage.base import read_clock
 from registry.stream import Stream
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
@@ -65,6 +67,7 @@ def erase(stream: str, edits: list[str], reason: str) -> ErasureSummary:
     commit(opened, draft, head)
     # It is committed: whatever goes wrong from here on, whoever opens the stream next goes on with it.
     opened.finish_erasures()
+    opened.storage.sweep(read_clock(opened.storage) - timedelta(hours=1))
     with suppress(StorageError):
         opened.checkpoints.write(opened.index)
     return ErasureSummary(

@@ -75,6 +75,10 @@ class Storage(Protocol):
         """
         ...
 
+    def sweep(self, before: datetime) -> int:
+        """Remove what writers that died before that time left half written, and no reader ever sees; how many."""
+        ...
+
     def list(self, prefix: str) -> Iterator[Entry]:
         """All values whose key starts with `prefix` (a string prefix, not a folder), in key order."""
         ...

@@ -81,6 +81,15 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"expected to renew {path}: {error.strerror}") from error
 
+    def sweep(self, before: datetime) -> int:
+        swept = 0
+        for path in self._root.rglob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before.timestamp():
+                    path.unlink()
+                    swept += 1
+        return swept
+
     def list(self, prefix: str) -> Iterator[Entry]:
         top = self._root / prefix.rpartition("/")[0]
         found = []

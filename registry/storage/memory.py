@@ -47,6 +47,9 @@ class MemoryStorage:
                 raise KeyMissingError(f"{self.url}: expected a value under {key!r}, found none")
             self._values[key] = self._values[key][0], datetime.now(UTC)
 
+    def sweep(self, before: datetime) -> int:
+        return 0
+
     def list(self, prefix: str) -> Iterator[Entry]:
         with self._lock:
             found = [Entry(key, len(data), modified) for key, (data, modified) in self._values.items() if key.startswith(prefix)]

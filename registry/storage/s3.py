@@ -7,6 +7,7 @@ Endpoint, region and credentials come from the environment as usual (`AWS_ENDPOI
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import boto3
@@ -100,6 +101,10 @@ class S3Storage:
             if _code(error) in _MISSING:
                 raise KeyMissingError(f"{self.url}: expected an object {key!r}, found none") from None
             raise self._fault("renew", key, error) from error
+
+    def sweep(self, before: datetime) -> int:
+        """None: an upload is whole or was never there, and parts of larger ones are S3's own to clear (a lifecycle rule)."""
+        return 0
 
     def list(self, prefix: str) -> Iterator[Entry]:
         for page in self._pages(prefix, delimiter=""):

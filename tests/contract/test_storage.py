@@ -1,9 +1,11 @@
 """What every storage promises."""
 
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -186,3 +188,14 @@ def test_the_clock_is_the_storages_own_and_leaves_nothing(storage: Storage) -> N
     made = storage.find("a")
     assert made is not None and first <= made.modified <= read_clock(storage)
     assert [entry.key for entry in storage.list("")] == ["a"]
+
+
+def test_what_dead_writers_left_is_swept_and_nothing_else(storage: Storage, tmp_path: Path) -> None:
+    storage.create("streams/a/objects/x", b"whole")
+    left = tmp_path / "root" / "streams" / "a" / "objects" / f".{uuid.uuid4().hex}.tmp"
+    local = not storage.url.partition("://")[1]
+    if local:
+        left.write_bytes(b"half of a text")
+    assert storage.sweep(datetime.now(UTC) - timedelta(hours=1)) == 0, "it may belong to somebody at work"
+    assert storage.sweep(datetime.now(UTC) + timedelta(hours=1)) == int(local)
+    assert not left.exists() and storage.read("streams/a/objects/x") == b"whole"
