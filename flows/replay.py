@@ -34,8 +34,8 @@ def rebuild(stream: str = "main", to: int | None = None, check: bool = False) ->
     report = replay_log(stream, to, check)
     if to is not None and not check and report.sound:
         restore_version(stream, report.to)
-    if report.commit is not None:
-        project_versions(stream)
+    if report.commit is not None or (report.sound and not check):
+        project_versions(stream)  # also where an earlier try was cut off before that
     return report
 
 
