@@ -13,7 +13,18 @@ from errata.edits import Refusal, Submission
 from errata.errors import ErrataError, InputError
 from errata.logs import start_logs
 from errata.settings import load_settings
-from flows import console_erase, console_keep, console_longrun, console_merge, console_rebase, console_replay, console_undo, lookup, views
+from flows import (
+    console_erase,
+    console_keep,
+    console_longrun,
+    console_merge,
+    console_rebase,
+    console_replay,
+    console_report,
+    console_undo,
+    lookup,
+    views,
+)
 from flows.commandline import (
     EPILOG,
     REFUSED,
@@ -352,3 +363,4 @@ console_replay.add_commands(app)
 console_longrun.add_commands(app)
 console_erase.add_commands(app)
 console_keep.add_commands(app)
+console_report.add_commands(app)
