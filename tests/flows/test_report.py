@@ -55,7 +55,8 @@ def test_the_page_says_what_the_log_says(page: Element) -> None:
     assert set(rows[0][4].split(", ")) == {"3 live", "1 replaced", "1 quarantined", "1 refused", "1 duplicate"}
     assert rows[0][5] == "5" and rows[1][6] == "1.000"
     batch = {row[0]: row for row in read_rows(page, "batch")}
-    assert batch["case-3@2"][5] == "live" and batch["case-3@2"][2] == batch["case-3@2"][4] != batch["case-3@2"][3]
+    _, _, target, before, after, outcome = batch["case-3@2"]
+    assert outcome == "live" and after.startswith(target) and not before.startswith(target)
     assert batch["case-4@2"][5].startswith("quarantined") and "z was not reached" in batch["case-4@2"][5]
     assert batch["case-4@2"][3:5] == ["–", "–"], "it was not measured"
     ages = {row[0]: row[1:] for row in read_rows(page, "retention")}
@@ -95,15 +96,15 @@ def test_the_page_can_be_heard(page: Element) -> None:
 
 
 def test_edits_are_text_and_never_markup(used_desk: Any, errata: Run, make_edit: Make, tmp_path: Path, prefect_server: str) -> None:
-    used_desk.submit("bad", make_edit(7, subject=ATTACK, id=f"{ATTACK}-1"), make_edit(8, target_new='"><img src=x onerror=alert(1)>'))
+    used_desk.submit("bad", make_edit(7, subject=ATTACK, id="<script>"), make_edit(8, target_new='"><img src=x onerror=alert(1)>'))
     assert len(used_desk.apply()) == 1
     assert errata("report", "--to", "page.html").code == 0
     page = parse(tmp_path / "page.html")
     rows = read_rows(page, "batch")
-    assert any(ATTACK in row[1] and ATTACK in row[0] for row in rows)
+    assert any(ATTACK in row[1] and row[0].startswith("<script>@") for row in rows)
     assert any("<img src=x" in row[2] for row in rows)
     assert not {str(element.tag).rpartition("}")[2] for element in page.iter()} & {"script", "img"}
-    assert not [key for element in page.iter() for key in element.keys() if key.startswith("on")]
+    assert not [key for element in page.iter() for key in element.attrib if key.startswith("on")]
 
 
 def test_a_stream_without_edits_has_a_page(desk: Any, errata: Run, tmp_path: Path) -> None:

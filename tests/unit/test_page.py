@@ -1,6 +1,7 @@
 """The page at its largest, and its charts at their oddest."""
 
 import re
+from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import fromstring
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flows.page
 from flows.charts import _choose_ticks, draw_lines, draw_stacks
 from flows.chronicle import COMMITS, FORGOTTEN, ROWS, find_site, spell_link
 from flows.page import cut_text, draw_fates, draw_norms, lay_heat, render_page
@@ -54,7 +56,8 @@ def make_point(seq: int, layers: int = 3, **fields: Any) -> dict[str, Any]:
 def test_a_page_is_bounded_however_large_the_stream() -> None:
     wide = "𝔚" * 8_000
     points = [make_point(9_800 + number, layers=40) for number in range(COMMITS)]
-    rows = [dict.fromkeys(("occurrence", "prompt", "target", "before", "after", "outcome", "reason"), wide) for _ in range(ROWS)]
+    texts = dict.fromkeys(("occurrence", "prompt", "target", "before", "after", "reason"), wide)
+    rows = [{**texts, "outcome": "quarantined"} for _ in range(ROWS)]
     last = {"commit": 9_999, "kind": "edits", "time": "2026-11-21T07:00:00+00:00", "seconds": {}}
     status = dict.fromkeys(("head", "champion", "champion_age_seconds", "live", "pending", "quarantined", "rejected"), 9_999)
     status |= {"stream": "main", "root": "s3://b/p", "base": {}, "records": {}, "last": last, "waiting_files": ["a"] * 9_999}
@@ -115,3 +118,35 @@ def test_texts_lose_what_a_page_cannot_hold() -> None:
 )
 def test_links_lead_to_servers_only(uri: str, link: str | None) -> None:
     assert spell_link(find_site(uri), "main", 3) == link
+
+
+def read_colours() -> list[dict[str, str]]:
+    """The colours of the page by name: in the light, and in the dark."""
+    text = (Path(flows.page.__file__).parent / "page.html").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", text, flags=re.DOTALL)
+    return [dict(re.findall(r"--(\w+): (#\w{6})", found)) for found in (light, dark)]
+
+
+def find_contrast(one: str, other: str) -> float:
+    """https://www.w3.org/TR/WCAG21/#dfn-contrast-ratio"""
+
+    def shine(colour: str) -> float:
+        parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    lower, upper = sorted((shine(one), shine(other)))
+    return (upper + 0.05) / (lower + 0.05)
+
+
+@pytest.mark.parametrize("colours", read_colours(), ids=["light", "dark"])
+def test_texts_and_lines_stand_out(colours: dict[str, str]) -> None:
+    """Texts as WCAG's AA asks (4.5), lines and bars as it asks of graphics (3)."""
+    assert len(colours) == 20
+    for ink in ("ink", "soft", "link", "good", "warn", "bad"):
+        assert find_contrast(colours[ink], colours["paper"]) >= 4.5, ink
+    for ground in ("card", "h0", "h1", "h2", "h3", "h4"):
+        assert find_contrast(colours["ink"], colours[ground]) >= 4.5, ground
+    assert find_contrast(colours["soft"], colours["card"]) >= 4.5
+    for line in ("c0", "c1", "c2", "c3", "c4", "c5"):
+        assert find_contrast(colours[line], colours["paper"]) >= 3, line
