@@ -47,8 +47,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 def start_logs() -> None:
     """Send what this process logs to stderr, uncaught exceptions included. Safe to repeat."""
-    root = logging.getLogger()
-    if any(handler.name == _NAME for handler in root.handlers):
+    if has_started():
         return
     handler = StderrHandler()
     if sys.stderr.isatty():
@@ -59,10 +58,15 @@ def start_logs() -> None:
         fields = ("levelname", "name", "message")
         handler.setFormatter(JsonFormatter(fields, timestamp="time", rename_fields=names, json_ensure_ascii=False))
         logging.captureWarnings(True)
-    root.addHandler(handler)
+    logging.getLogger().addHandler(handler)
     for room in ROOMS:
         logging.getLogger(room).setLevel(logging.INFO)
     sys.excepthook = _log_uncaught
+
+
+def has_started() -> bool:
+    """Whether this process has called `start_logs`."""
+    return any(handler.name == _NAME for handler in logging.getLogger().handlers)
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -20,7 +20,7 @@ from prefect.logging import get_run_logger
 from prefect.tasks import exponential_backoff
 
 from errata.errors import FormatError, KeyExistsError, KeyMissingError, ObjectCorruptError, StorageError, UnsafeStorageError
-from errata.logs import RUN_LOGS, Redaction
+from errata.logs import RUN_LOGS, Redaction, has_started
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,8 +48,9 @@ def stage(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def tell_run(level: int, message: str, **fields: Any) -> None:
-    """Log a line, and the same line in Prefect's log of the run that goes on, if one does."""
-    _log.log(level, "%s", message, extra=fields)
+    """Log a line, and the same line in Prefect's log of the run that goes on, if one does. A worker's stderr shows Prefect's alone."""
+    if has_started():
+        _log.log(level, "%s", message, extra=fields)
     with suppress(MissingContextError):
         get_run_logger().log(level, "%s", message, extra=fields)
 
