@@ -52,6 +52,7 @@ def start_logs() -> None:
     handler = StderrHandler()
     if sys.stderr.isatty():
         handler.setLevel(logging.WARNING)
+        handler.addFilter(lambda record: not hasattr(record, "stage"))  # the command itself says how it ended
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     else:
         names = {"levelname": "level", "name": "logger", "exc_info": "traceback"}

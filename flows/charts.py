@@ -54,7 +54,7 @@ def draw_lines(
 
 def draw_stacks(name: str, title: str, told: str, columns: Sequence[str], stacks: Mapping[str, Sequence[int]], x_label: str) -> str:
     """One bar per column, of numbers stacked in the order of `stacks`."""
-    steps = _choose_ticks(0, max((sum(column) for column in zip(*stacks.values(), strict=True)), default=0) or 1)
+    steps = _choose_ticks(0, max([_TICKS, *map(sum, zip(*stacks.values(), strict=True))]))  # whole numbers, also of few
     up = _scale(steps[0], steps[-1], _BOTTOM, _TOP)
     wide = (_RIGHT - _LEFT) / max(len(columns), 1)
     svg = _begin(name, title, told)

@@ -72,7 +72,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains about it once more at exit
         code = 0
     if code == INTERRUPTED:  # typer answers Ctrl-C with this code
-        views.print_error("interrupted; nothing is lost, the next run goes on from here")
+        views.print_error("interrupted; nothing is lost, the next run goes on from here", mark="")
     sys.exit(code if isinstance(code, int) else 0)
 
 

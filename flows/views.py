@@ -369,9 +369,9 @@ def build_findings(rows: Sequence[Facts]) -> Table:
     return table
 
 
-def print_error(message: str) -> None:
+def print_error(message: str, mark: str = "[red]error:[/] ") -> None:
     """Tell what went wrong: in words at a terminal, as a log line elsewhere."""
     if sys.stderr.isatty():
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(redact(message))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"{mark}{escape(redact(message))}", highlight=False)
     else:
         logging.getLogger("errata").error("%s", message)

@@ -71,7 +71,8 @@ def _tell(function: Callable[P, R]) -> Callable[P, R]:
             _tell_stage(logging.WARNING, fields)
             raise
         fields["batch"] = fields["batch"] or _name_batch({function.__name__.partition("_")[0]: result})
-        fields |= {"commit": getattr(result, "commit", None), "seconds": _since(begun), "outcome": _name_outcome(result)}
+        outcome = "done" if signature.return_annotation is None else _name_outcome(result)
+        fields |= {"commit": getattr(result, "commit", None), "seconds": _since(begun), "outcome": outcome}
         _tell_stage(logging.INFO, fields)
         return result
 

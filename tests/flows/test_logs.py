@@ -59,6 +59,33 @@ def test_apply_logs_one_json_line_per_stage(desk: Any, make_edit: Make, prefect_
     assert [message for message in shown if message in {line["message"] for line in told}] == [line["message"] for line in told]
 
 
+def test_a_stage_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from errata.logs import start_logs
+    from errata.rounds import Round
+    from tasks._task import stage
+
+    def order_things(stream: str, often: int = 1) -> str | None:
+        return "ab" * 32 if often else None
+
+    def look_at(stream: str, order: str) -> Round:
+        return Round(rest=(), manifest="", fits={})
+
+    def note(stream: str, draft: str) -> None:
+        pass
+
+    start_logs()
+    calls: list[Any] = [(order_things, "main"), (order_things, "main", 0), (look_at, "main", "cd" * 32), (note, "main", "ef" * 32)]
+    for function, *given in calls:
+        stage(function).fn(*given)  # type: ignore[attr-defined]
+    told = [(line["stage"], line["batch"], line["outcome"]) for line in read_lines(capsys.readouterr().err)]
+    assert told == [
+        ("order_things", "abababababab", "done"),
+        ("order_things", None, "nothing"),
+        ("look_at", "cdcdcdcdcdcd", "done"),
+        ("note", "efefefefefef", "done"),
+    ]
+
+
 def test_a_failing_stage_says_so_without_secrets(
     desk: Any, make_edit: Make, errata: Callable[..., Any], prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from errata.errors import ErrataError, RecordError, StorageError
-from errata.logs import StderrHandler, start_logs
+from errata.logs import start_logs
 from errata.redaction import redact
 
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
@@ -62,21 +62,19 @@ def test_errors_carry_no_secret() -> None:
 
 
 @pytest.fixture
-def logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
-    """A logger of ours in a process that has just started."""
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, StderrHandler)]:
-        root.removeHandler(handler)
+def handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Handler]:
+    """Ours, the only one of a process that has just started."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     start_logs()
     start_logs()
+    (handler,) = logging.getLogger().handlers
+    yield handler
     logging.captureWarnings(False)
-    yield logging.getLogger("errata.somewhere")
-    (handler,) = [handler for handler in root.handlers if isinstance(handler, StderrHandler)]
-    root.removeHandler(handler)
 
 
-def test_log_lines_are_json_without_secrets(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_lines_are_json_without_secrets(handler: logging.Handler, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("errata.somewhere")
     logger.info("reading %s", "https://ann:hunter2@host", extra={"url": "https://ann:hunter2@host", "seconds": 0.5, "commit": None})
     try:
         raise ValueError('one "line"\nand another, of https://ann:hunter2@host')
@@ -93,20 +91,18 @@ def test_log_lines_are_json_without_secrets(logger: logging.Logger, capsys: pyte
     assert all('one "line"\nand another' in line["traceback"] for line in (second, third))
 
 
-def test_what_prefect_logs_of_a_run_is_left_to_prefect(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
-    logging.getLogger("prefect.task_runs").critical("Crash detected")
-    logging.getLogger("somebody.else").info("chatter")
-    logging.getLogger("somebody.else").warning("a warning")
+def test_what_prefect_logs_of_a_run_is_left_to_prefect(handler: logging.Handler, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, message in (("prefect.task_runs", "Crash detected"), ("somebody.else", "a warning")):
+        handler.handle(logging.makeLogRecord({"name": name, "levelno": logging.CRITICAL, "msg": message}))
     assert [json.loads(line)["message"] for line in capsys.readouterr().err.splitlines()] == ["a warning"]
 
 
 def test_at_a_terminal_only_warnings_are_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    root = logging.getLogger()
-    before = list(root.handlers)
-    monkeypatch.setattr(root, "handlers", [handler for handler in before if not isinstance(handler, StderrHandler)])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     start_logs()
-    logging.getLogger("errata.somewhere").info("a stage")
+    logging.getLogger("errata.somewhere").info("a word")
+    logging.getLogger("errata.somewhere").warning("commit_batch: outcome failed", extra={"stage": "commit_batch"})
     logging.getLogger("errata.somewhere").warning("no checkpoint at %s", "https://ann:hunter2@host")
     assert capsys.readouterr().err == "WARNING: no checkpoint at https://***@host\n"
