@@ -23,11 +23,17 @@
 A batch refused by the gate is a result, not an error; the console exits with code 3.
 """
 
+from errata.redaction import redact
+
 
 class ErrataError(Exception):
-    """Base of the tree. `exit_code` is what the console returns when it reaches the top."""
+    """Base of the tree. `exit_code` is what the console returns when it reaches the top. Messages quote URLs and what other libraries
+    say; secrets are taken out here, since messages end up in logs, pages and Prefect's states."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class InputError(ErrataError):

@@ -1,10 +1,12 @@
 """`approve` and `refuse`: a person decides about a version that waits (`policy.promote = "manual"`)."""
 
+import logging
+
 from prefect import flow
-from prefect.logging import get_run_logger
 
 from errata.errors import ConflictError
 from errata.summary import RollbackSummary
+from tasks._task import tell_run
 from tasks.approving import draft_refusal, promote
 from tasks.intake import requeue_gone
 from tasks.projecting import project_versions
@@ -32,7 +34,7 @@ def approve(stream: str, version: str, reason: str = "") -> int:
         except ConflictError as conflict:
             if conflicts == MAX_CONFLICTS:
                 raise
-            get_run_logger().warning("%s; it is approved on the new head", conflict)
+            tell_run(logging.WARNING, f"{conflict}; it is approved on the new head")
     project_versions(stream)
     return seq
 
@@ -54,7 +56,7 @@ def refuse(stream: str, version: str, reason: str = "", requeue: bool = True) ->
         except ConflictError as conflict:
             if conflicts == MAX_CONFLICTS:
                 raise
-            get_run_logger().warning("%s; what leaves is worked out again", conflict)
+            tell_run(logging.WARNING, f"{conflict}; what leaves is worked out again")
     if requeue and summary.commit is not None:
         requeue_gone(stream, summary.commit)
     project_versions(stream)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from errata.edits import Refusal, Submission, spell_submission
 from errata.errors import ErrataError, InputError
+from errata.logs import start_logs
 from errata.settings import load_settings
 from flows import (
     console_approval,
@@ -22,6 +22,7 @@ from flows import (
     console_merge,
     console_rebase,
     console_replay,
+    console_report,
     console_undo,
     lookup,
     views,
@@ -56,6 +57,7 @@ app.add_typer(quarantine, name="quarantine")
 
 def main() -> None:
     """Entry point: turns the errors of the project into one line and an exit code."""
+    start_logs()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -72,7 +74,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains about it once more at exit
         code = 0
     if code == INTERRUPTED:  # typer answers Ctrl-C with this code
-        Console(stderr=True).print("interrupted; nothing is lost, the next run goes on from here")
+        views.print_error("interrupted; nothing is lost, the next run goes on from here", mark="")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -368,3 +370,4 @@ console_longrun.add_commands(app)
 console_erase.add_commands(app)
 console_keep.add_commands(app)
 console_inbox.add_commands(app)
+console_report.add_commands(app)

@@ -10,6 +10,7 @@ from rich.markup import escape
 from errata.builtin import CAVEAT
 from errata.edits import Edit, Submission, canonical_json, spell_submission
 from errata.errors import UnknownNameError
+from errata.redaction import redact
 from errata.settings import Settings
 from errata.world import make_world
 from flows import lookup, views
@@ -89,7 +90,7 @@ def _point_further(settings: Settings, stream: Stream, out: Console) -> None:
                 ("refused", escape(f"{refused[0]['origin']}: {refused[0]['reason']}" if refused else "nothing")),
                 ("the log", f"ERRATA_ROOT={ROOT} errata log --stream {stream.name}"),
                 ("one commit", f"ERRATA_ROOT={ROOT} errata show head --stream {stream.name}"),
-                ("MLflow", f"mlflow ui --backend-store-uri {escape(registry.tracking_uri)}"),
+                ("MLflow", f"mlflow ui --backend-store-uri {escape(redact(registry.tracking_uri))}"),
                 ("Prefect", f"PREFECT_HOME={escape(str(settings.cache / 'prefect'))} prefect server start"),
             ]
         )

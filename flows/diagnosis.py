@@ -11,6 +11,7 @@ import torch
 
 from errata.errors import ErrataError
 from errata.modeling.loading import choose_device
+from errata.redaction import redact
 from errata.settings import Settings
 from flows.prefect_server import reach_prefect
 from registry.models import ModelRegistry
@@ -79,7 +80,7 @@ def _try(what: str, test: Callable[[], str], remedy: str) -> Finding:
     try:
         return _find("good", what, test())
     except (ErrataError, OSError) as error:
-        return _find("fault", what, str(error), remedy)
+        return _find("fault", what, redact(str(error)), remedy)
 
 
 def _try_root(settings: Settings) -> str:
@@ -100,7 +101,7 @@ def _try_cache(cache: Path) -> str:
 def _try_mlflow(settings: Settings) -> str:
     registry = ModelRegistry(*resolve_tracking(settings.mlflow.tracking_uri, settings.root))
     champion = registry.champion(settings.stream)
-    return f"{registry.tracking_uri}: {settings.stream}@champion is {f'version {champion.number}' if champion else 'not there yet'}"
+    return f"{redact(registry.tracking_uri)}: {settings.stream}@champion is {f'version {champion.number}' if champion else 'not there yet'}"
 
 
 def _nearest(path: Path) -> Path:

@@ -1,13 +1,14 @@
 """`apply_edits`: what waits in a stream's inbox becomes commits and model versions. The path of one batch, as a straight line."""
 
+import logging
 from collections.abc import Callable
 
 from prefect import flow
-from prefect.logging import get_run_logger
 
 from errata.errors import ConflictError, RegistryError, StorageError
 from errata.rounds import Prepared, Round
 from errata.summary import BatchSummary
+from tasks._task import tell_run
 from tasks.committing import commit_batch
 from tasks.compacting import refresh_sums
 from tasks.editing import merge_pairs, prepare_pairs
@@ -63,14 +64,14 @@ def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bo
             conflicts += 1
             if conflicts > MAX_CONFLICTS:
                 raise
-            get_run_logger().warning("%s; the batch is merged and judged again", conflict)
+            tell_run(logging.WARNING, f"{conflict}; the batch is merged and judged again")
             continue
         conflicts = 0
         if dry_run:
             break
         project_versions(stream)
         if (fault := refresh_sums(stream)) is not None:
-            get_run_logger().warning("the sums were not built anew, the next batch tries again: %s", fault)
+            tell_run(logging.WARNING, f"the sums were not built anew, the next batch tries again: {fault}")
     if not dry_run:
         # Also where nothing was committed: an earlier run may have stopped between a commit and its version.
         project_versions(stream)

@@ -1,11 +1,13 @@
 """`erase_edits`: edits that are not live are erased from the store and from MLflow, and leave tombstones."""
 
+import logging
+
 from prefect import flow
-from prefect.logging import get_run_logger
 
 from errata.errors import ConflictError
 from errata.summary import ErasureSummary
 from flows.undo import MAX_CONFLICTS
+from tasks._task import tell_run
 from tasks.erasing import erase, hide_erased
 from tasks.projecting import project_versions
 
@@ -26,7 +28,7 @@ def erase_edits(stream: str, edits: list[str], reason: str = "") -> ErasureSumma
         except ConflictError as conflict:
             if conflicts == MAX_CONFLICTS:
                 raise
-            get_run_logger().warning("%s; what has to go is worked out again", conflict)
+            tell_run(logging.WARNING, f"{conflict}; what has to go is worked out again")
     project_versions(stream)
     hide_erased(stream)
     return summary

@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 
 from errata.errors import ErrataError
+from errata.logs import RUN_LOGS
 from errata.settings import Settings
 
 _PATIENCE = 5.0
@@ -19,6 +20,9 @@ def ready_prefect(settings: Settings) -> None:
         home.mkdir(parents=True, exist_ok=True)  # Prefect makes the folder, but none above it
         os.environ["PREFECT_HOME"] = str(home)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised here and printed once
+    if os.environ.get("PREFECT_API_URL"):
+        for name in RUN_LOGS:  # people look at them there
+            os.environ.setdefault(f"PREFECT_LOGGING_LOGGERS_{name.replace('.', '_').upper()}_LEVEL", "INFO")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
 

@@ -1,15 +1,16 @@
 """`rebuild`: the stored pairs of a stream become its weights once more; what is damaged is mended, or named. `compact`: the sums begin
 anew. `rebase`: the live edits become pairs of another base, or of another site."""
 
+import logging
 from collections.abc import Sequence
 
 from prefect import flow
-from prefect.logging import get_run_logger
 
 from errata.errors import ConflictError
 from errata.findings import RebuildReport
 from errata.rounds import Prepared, Round
 from errata.summary import CompactionSummary, RebaseSummary
+from tasks._task import tell_run
 from tasks.compacting import compact_sums
 from tasks.keeping import restore_version
 from tasks.projecting import project_versions
@@ -56,7 +57,7 @@ def compact(stream: str = "main", dry_run: bool = False) -> CompactionSummary:
         except ConflictError as conflict:
             if conflicts == MAX_CONFLICTS:
                 raise
-            get_run_logger().warning("%s; the sums are built once more", conflict)
+            tell_run(logging.WARNING, f"{conflict}; the sums are built once more")
     if not dry_run:
         project_versions(stream)
     return summary
@@ -86,7 +87,7 @@ def rebase(stream: str, base: str, profile: str, drop_answered: bool = False, dr
         except ConflictError as conflict:
             if conflicts == MAX_CONFLICTS:
                 raise
-            get_run_logger().warning("%s; what it brought is prepared, too, and everything summed and judged again", conflict)
+            tell_run(logging.WARNING, f"{conflict}; what it brought is prepared, too, and everything summed and judged again")
     if not dry_run:
         project_versions(stream)
     return summary

@@ -1,10 +1,12 @@
 """`withdraw_edits` and `rollback`: facts are taken back, or the champion becomes an earlier state again. History is never rewritten."""
 
+import logging
+
 from prefect import flow
-from prefect.logging import get_run_logger
 
 from errata.errors import ConflictError, InputError
 from errata.summary import RollbackSummary, WithdrawalSummary
+from tasks._task import tell_run
 from tasks.projecting import project_versions
 from tasks.undoing import commit_rollback, commit_withdrawal, draft_rollback, judge_withdrawal, order_withdrawal, subtract_pairs
 
@@ -41,7 +43,7 @@ def withdraw_edits(stream: str, edits: list[str], reason: str = "", dry_run: boo
         except ConflictError as conflict:
             if conflicts == MAX_CONFLICTS:
                 raise
-            get_run_logger().warning("%s; the edits are subtracted and judged again", conflict)
+            tell_run(logging.WARNING, f"{conflict}; the edits are subtracted and judged again")
     if not dry_run:
         project_versions(stream)
     return summary
@@ -71,7 +73,7 @@ def rollback(stream: str, target: str, reason: str = "", dry_run: bool = False) 
         except ConflictError as conflict:
             if conflicts == MAX_CONFLICTS:
                 raise
-            get_run_logger().warning("%s; what leaves and comes back is worked out again", conflict)
+            tell_run(logging.WARNING, f"{conflict}; what leaves and comes back is worked out again")
     if not dry_run:
         project_versions(stream)
     return summary

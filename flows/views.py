@@ -1,11 +1,15 @@
 """How the console shows things: rich tables for people. Commands print JSON themselves."""
 
+import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+
+from errata.redaction import redact
 
 Facts = Mapping[str, Any]
 
@@ -369,5 +373,9 @@ def build_findings(rows: Sequence[Facts]) -> Table:
     return table
 
 
-def print_error(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(message)}", highlight=False)
+def print_error(message: str, mark: str = "[red]error:[/] ") -> None:
+    """Tell what went wrong: in words at a terminal, as a log line elsewhere."""
+    if sys.stderr.isatty():
+        Console(stderr=True, soft_wrap=True).print(f"{mark}{escape(redact(message))}", highlight=False)
+    else:
+        logging.getLogger("errata").error("%s", message)

@@ -35,6 +35,7 @@ CHALLENGER = "challenger"
 """The version that waits for `errata approve`."""
 _PLOT = "norms.png"
 
+_PAGE = 10_000
 _LOOKED_AT = 20
 """Newest versions among which one of ours is expected; others are half registered, or somebody else's."""
 
@@ -97,16 +98,17 @@ class ModelRegistry:
             raise UnknownNameError(f"v{number}: expected a version of {stream!r} that shows a commit, found none")
         return found
 
-    def list_versions(self, stream: str) -> list[Version]:
-        """All versions that show a commit, newest first."""
+    def list_versions(self, stream: str, most: int | None = None) -> list[Version]:
+        """All versions that show a commit, newest first; with `most`, about so many of the newest."""
         versions: list[Version] = []
         with self._reporting(f"list the versions of {stream}"):
             token = None
             while True:
-                page = self._client.search_model_versions(f"name = '{stream}'", order_by=["version_number DESC"], page_token=token)
+                query, size = f"name = '{stream}'", most or _PAGE
+                page = self._client.search_model_versions(query, size, order_by=["version_number DESC"], page_token=token)
                 versions += filter(None, map(_describe, page))
                 token = page.token
-                if not token:
+                if not token or (most and len(versions) >= most):
                     return versions
 
     def find_newest(self, stream: str) -> Version | None:

@@ -11,6 +11,7 @@ from registry.release import Release, copy_code, list_requirements, write_versio
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # its lines go where those of the process go, not to a handler of its own
 
 from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature

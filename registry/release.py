@@ -18,7 +18,7 @@ from errata.edits import digest_of
 from registry.shared import BaseRef
 
 _REQUIREMENTS = ("mlflow", "numpy", "safetensors", "torch", "transformers")
-_CLOSURE = ("__init__.py", "errors.py", "modeling", "editors/__init__.py", "editors/artifacts.py")
+_CLOSURE = ("__init__.py", "errors.py", "redaction.py", "modeling", "editors/__init__.py", "editors/artifacts.py")
 """What `served_model.py` imports of the package `errata`, directly or not. A test follows the imports."""
 _HEADLINES = ("efficacy", "held_out.generalization", "held_out.specificity", "held_out.score", "retention", "locality.kl")
 """Metrics that are tags of the version, too: what one wants to see in a list of versions."""

@@ -38,8 +38,8 @@ class S3Storage:
 
     def __init__(self, url: str) -> None:
         bucket, _, prefix = url.removeprefix(S3_SCHEME).partition("/")
-        if not bucket:
-            raise InputError(f"root: expected s3://bucket/prefix, found {url!r}")
+        if not bucket or "@" in bucket:
+            raise InputError(f"root: expected s3://bucket/prefix, with credentials in AWS_* variables only; found {url!r}")
         self.url = url.rstrip("/")
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""

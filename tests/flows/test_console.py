@@ -1,5 +1,6 @@
 """What the `errata` command does: promises of the commands that make, feed and change a stream, and of how they end."""
 
+import json
 import os
 import signal
 import subprocess
@@ -165,7 +166,7 @@ def test_a_lasting_conflict_has_its_exit_code(desk: Any, errata: Run, monkeypatc
     errata("submit", *ONE)
     ran = errata("apply")
     assert (ran.code, ran.out) == (4, "")
-    assert ran.err.splitlines()[-1] == "error: expected commit 0 to be the newest, found 1"
+    assert json.loads(ran.err.splitlines()[-1])["message"] == "expected commit 0 to be the newest, found 1"
     assert errata("status", "--json").json["pending"] == 1
 
 
