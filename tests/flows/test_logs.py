@@ -59,7 +59,7 @@ def test_apply_logs_one_json_line_per_stage(desk: Any, make_edit: Make, prefect_
     assert [message for message in shown if message in {line["message"] for line in told}] == [line["message"] for line in told]
 
 
-def test_a_stage_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_says_what_came_of_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from errata.logs import start_logs
     from errata.rounds import Round
     from tasks._task import stage
@@ -73,6 +73,7 @@ def test_a_stage_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> Non
     def note(stream: str, draft: str) -> None:
         pass
 
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a process that has not imported Prefect yet
     start_logs()
     calls: list[Any] = [(order_things, "main"), (order_things, "main", 0), (look_at, "main", "cd" * 32), (note, "main", "ef" * 32)]
     for function, *given in calls:
