@@ -8,6 +8,7 @@ from prefect.logging import get_run_logger
 from errata.errors import ConflictError
 from errata.rounds import Round
 from errata.summary import BatchSummary
+from tasks.announcing import announce_rejection, note_success
 from tasks.committing import commit_batch
 from tasks.compacting import refresh_sums
 from tasks.editing import merge_pairs, prepare_pairs
@@ -56,10 +57,13 @@ def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bo
         conflicts = 0
         if dry_run:
             break
+        if done[-1].decision == "reject":
+            announce_rejection(stream, done[-1])
         project_versions(stream)
         if (fault := refresh_sums(stream)) is not None:
             get_run_logger().warning("the sums were not built anew, the next batch tries again: %s", fault)
     if not dry_run:
         # Also where nothing was committed: an earlier run may have stopped between a commit and its version.
         project_versions(stream)
+        note_success(stream)
     return done

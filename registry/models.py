@@ -198,6 +198,14 @@ class ModelRegistry:
             )
         return Path(found)
 
+    def log_watch(self, version: Version, metrics: Mapping[str, float], moment: int, step: int, files: Sequence[Path]) -> None:
+        """Add what the watch measured to a version's run: `metrics` at `moment` (milliseconds), `files` in the folder `watch`, where they
+        replace those of the watch before."""
+        with self._reporting(f"show the watch of {version.uri}"):
+            self._client.log_batch(version.run, [Metric(f"watch.{name}", value, moment, step) for name, value in metrics.items()])
+            for path in files:
+                self._client.log_artifact(version.run, str(path), "watch")
+
     def hide_version(self, version: Version, erasure: int, *, weights: bool, report: bytes | None) -> None:
         """Remove what a version holds of edits that commit `erasure` erased. Safe to repeat.
 

@@ -20,11 +20,13 @@ from errata.report import Report
 from errata.settings import Settings
 from registry.events import AcceptedCommit
 from registry.keeping import open_archived
+from registry.marks import mark_shown
 from registry.models import ModelRegistry
 from registry.release import Release, Version, resolve_tracking
 from registry.stream import Stream
 from tasks._session import load_under, open_named, read_manifest
 from tasks._task import stage
+from tasks.announcing import announce_champion
 
 _PLOTTED = 50
 """Most commits in the plot of a version: what a version costs may not grow with history."""
@@ -75,6 +77,8 @@ def show_log(settings: Settings, stream: Stream, *, everything: bool = False) ->
         if shown is None or shown.number != version.number:
             verify_version(settings, stream, registry, version)
             registry.point_alias(version)
+            announce_champion(settings, stream, version.number, shown.number if shown else None)
+        mark_shown(stream, champion)
         # MLflow has no compare-and-swap: whoever committed meanwhile must not find an older champion behind theirs.
         if stream.refresh().champion == champion:
             return version.number, made
