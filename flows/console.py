@@ -14,6 +14,7 @@ from errata.edits import Refusal, Submission
 from errata.errors import ErrataError, InputError
 from errata.settings import load_settings
 from flows import (
+    console_alerts,
     console_erase,
     console_keep,
     console_longrun,
@@ -363,3 +364,4 @@ console_longrun.add_commands(app)
 console_erase.add_commands(app)
 console_keep.add_commands(app)
 console_watch.add_commands(app)
+console_alerts.add_commands(app)

@@ -67,7 +67,8 @@ def announce(settings: Settings, stream: Stream, alarms: Sequence[Alarm], versio
         "rollback": spell_rollback(stream),
     }
     for alarm in alarms:
-        emit_event(alarm.event, resource, payload={**common, **alarm.model_dump(exclude={"event"})})
+        # The event is a label of the resource as well, so that each is cooled down by itself.
+        emit_event(alarm.event, {**resource, "errata.event": alarm.event}, payload={**common, **alarm.model_dump(exclude={"event"})})
 
 
 def find_number(settings: Settings, stream: Stream, commit: int) -> int | None:
