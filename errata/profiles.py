@@ -4,9 +4,9 @@ The `prepare` part decides what a pair is; changing it needs a rebase. The `solv
 weights; changing it only needs a new solve.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from errata.edits import canonical_json, digest_of
 
@@ -79,6 +79,14 @@ class Profile(BaseModel):
     solve: SolveOptions
     origin: str = ""
     """Where the values come from, for people: measured, published, or written by hand."""
+    max_norm_ratio: float | None = Field(default=None, gt=1)
+    """mean |W| / mean |W0| of an edited layer at which people are alerted, where somebody knows what this base bears."""
+
+    @model_serializer(mode="wrap")
+    def _omit_none(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Profiles from before there was a ratio keep their bytes."""
+        content: dict[str, Any] = spell(self)
+        return content if self.max_norm_ratio else {name: value for name, value in content.items() if name != "max_norm_ratio"}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

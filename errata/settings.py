@@ -85,6 +85,25 @@ class GcSettings(_Section):
     """How long an object must have been of no use, by the storage's own clock, before it is deleted. Longer than any run takes."""
 
 
+class WatchSettings(_Section):
+    """What the watch measures, and the values at which people are alerted."""
+
+    sample: int = Field(default=50, ge=1)
+    """Most live edits of each age whose retention is measured."""
+    ability_set: Path | None = None
+    """JSONL of multiple-choice questions. None: the built-in world's own for the built-in base, else none."""
+    norm_ratio: float | None = Field(default=None, gt=1)
+    """mean |W| / mean |W0| of any edited layer. None: the profile's `max_norm_ratio`, else `gate.max_norm_ratio`."""
+    min_retention: float = Field(default=0.85, ge=0, le=1)
+    """Of the sampled edits of any age; a sample smaller than `gate.n_min` says nothing."""
+    max_locality_kl: float = Field(default=0.5, gt=0)
+    """Mean KL(base ‖ champion) in nats on the fixed probe."""
+    stalled_hours: float = Field(default=24.0, gt=0)
+    """Without a successful run, or without an accepted commit while edits wait that long."""
+    cooldown_minutes: float = Field(default=360.0, ge=0)
+    """A notification is not repeated for the same stream within this time."""
+
+
 class MlflowSettings(_Section):
     tracking_uri: str | None = None
     """None: `MLFLOW_TRACKING_URI` where set, else a SQLite store inside a local root, else `mlflow.db` in the working directory."""
@@ -123,6 +142,7 @@ class Settings(BaseSettings):
     gc: GcSettings = GcSettings()
     mlflow: MlflowSettings = MlflowSettings()
     policy: PolicySettings = PolicySettings()
+    watch: WatchSettings = WatchSettings()
 
     @classmethod
     def settings_customise_sources(

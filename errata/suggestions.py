@@ -16,6 +16,7 @@ class Suggestion:
     prepare: PrepareOptions
     lam: float
     origin: str
+    max_norm_ratio: float | None = None
 
 
 BUILTIN_SUGGESTION = Suggestion(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from errata.edits import SLOT, Edit, Probe
 from errata.errors import InputError
+from errata.readers.abilities import AbilityQuestion
 
 
 def _split(words: str) -> tuple[str, ...]:
@@ -203,6 +204,19 @@ class World:
         """Sentences that state facts as training does: the text whose keys an edit shall preserve (second moments)."""
         rng = random.Random(f"corpus {seed}")
         return [_state(fact, rng) for fact in rng.choices(self.facts, k=count)]
+
+    def make_questions(self, count: int, seed: int) -> list[tuple[str, AbilityQuestion]]:
+        """Multiple-choice questions about distinct persons, each with its person: what the base knows and edits of others must not take
+        from it."""
+        rng = random.Random(f"questions {seed}")
+        questions = []
+        for person in rng.sample(self.persons, min(count, len(self.persons))):
+            fact = rng.choice(self.facts_of(person))
+            others = rng.sample([item for item in fact.relation.objects if item != fact.object], 3)
+            choices = rng.sample([fact.object, *others], 4)
+            prompt = rng.choice(fact.trained_templates).replace(SLOT, person)
+            questions.append((person, AbilityQuestion(question=prompt, choices=tuple(choices), answer=choices.index(fact.object))))
+        return questions
 
     def _draw_distinct(self, count: int, rng: random.Random) -> list[tuple[Fact, str]]:
         if count > len(self.persons):

@@ -14,6 +14,7 @@ from errata.errors import ErrataError, InputError
 from errata.logs import start_logs
 from errata.settings import load_settings
 from flows import (
+    console_alerts,
     console_approval,
     console_erase,
     console_inbox,
@@ -24,6 +25,7 @@ from flows import (
     console_replay,
     console_report,
     console_undo,
+    console_watch,
     lookup,
     views,
 )
@@ -371,3 +373,5 @@ console_erase.add_commands(app)
 console_keep.add_commands(app)
 console_inbox.add_commands(app)
 console_report.add_commands(app)
+console_watch.add_commands(app)
+console_alerts.add_commands(app)

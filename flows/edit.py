@@ -9,6 +9,7 @@ from errata.errors import ConflictError, RegistryError, StorageError
 from errata.rounds import Prepared, Round
 from errata.summary import BatchSummary
 from tasks._task import tell_run
+from tasks.announcing import announce_rejection, note_success
 from tasks.committing import commit_batch
 from tasks.compacting import refresh_sums
 from tasks.editing import merge_pairs, prepare_pairs
@@ -69,10 +70,13 @@ def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bo
         conflicts = 0
         if dry_run:
             break
+        if done[-1].decision == "reject":
+            announce_rejection(stream, done[-1])
         project_versions(stream)
         if (fault := refresh_sums(stream)) is not None:
             tell_run(logging.WARNING, f"the sums were not built anew, the next batch tries again: {fault}")
     if not dry_run:
         # Also where nothing was committed: an earlier run may have stopped between a commit and its version.
         project_versions(stream)
+        note_success(stream)
     return done

@@ -104,6 +104,14 @@ class Index:
         rows += self._all(query.format("<"), start, size - len(rows))
         return sorted(rows, key=lambda row: (row.seq, row.position))
 
+    def sample_between(self, first: int, last: int, size: int, seed: int) -> list[EditRow]:
+        """As `sample_live`, among the live edits that commits `first` to `last` accepted. Reads the rows of all of them: for the watch, not
+        for a batch."""
+        order = "ORDER BY lot < ?, lot LIMIT ?"
+        query = f"{_SELECT} INDEXED BY by_status WHERE status = 'live' AND seq BETWEEN ? AND ? {order}"
+        rows = self._all(query, first, last, _draw_lot(f"sample {seed}"), size)
+        return sorted(rows, key=lambda row: (row.seq, row.position))
+
     def complete(self, prefix: str, limit: int = 20) -> list[str]:
         """Ids that start with `prefix`, in order."""
         query = "SELECT DISTINCT id FROM edits WHERE id >= ? AND id < ? ORDER BY id LIMIT ?"

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from errata.edits import digest_of
 from errata.errors import ErrataError, RegistryError, UnknownNameError
 from registry.packaging import build_model
@@ -162,32 +160,6 @@ class ModelRegistry:
                 raise RegistryError(f"{version.uri}: expected an artifact with sha256 {expected}, read back one with {found}")
         return [data for _, data in read]
 
-    def verify_version(
-        self,
-        version: Version,
-        expected: np.ndarray[Any, Any],
-        measure: Callable[[Sequence[bytes]], np.ndarray[Any, Any]],
-        tolerance: float = 1e-5,
-    ) -> None:
-        """Check before the alias moves that MLflow holds the model that was evaluated.
-
-        Args:
-            expected: logits [prompts, vocabulary] of the candidate that was evaluated.
-            measure: puts artifacts, given as bytes, on the base in memory and returns logits of the same prompts.
-            tolerance: largest difference, relative to the largest logit.
-
-        Raises:
-            RegistryError: what was read back answers otherwise.
-        """
-        found = measure(self.read_artifacts(version))
-        scale = max(1.0, float(np.abs(expected).max()))
-        if found.shape != expected.shape or not np.allclose(found, expected, rtol=0.0, atol=tolerance * scale):
-            gap = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("nan")
-            raise RegistryError(
-                f"{version.uri}: expected the logits of the candidate that was evaluated for commit {version.commit}, "
-                f"found others when it was read back (largest difference {gap:.3g}); the alias was not moved"
-            )
-
     def load_champion(self, stream: str) -> Any:
         """`models:/<stream>@champion`, as any consumer loads it.
 
@@ -210,6 +182,14 @@ class ModelRegistry:
                 run_id=version.run, artifact_path=_PLOT, dst_path=str(folder), tracking_uri=self.tracking_uri
             )
         return Path(found)
+
+    def log_watch(self, version: Version, metrics: Mapping[str, float], moment: int, step: int, files: Sequence[Path]) -> None:
+        """Add what the watch measured to a version's run: `metrics` at `moment` (milliseconds), `files` in the folder `watch`, where they
+        replace those of the watch before."""
+        with self._reporting(f"show the watch of {version.uri}"):
+            self._client.log_batch(version.run, [Metric(f"watch.{name}", value, moment, step) for name, value in metrics.items()])
+            for path in files:
+                self._client.log_artifact(version.run, str(path), "watch")
 
     def hide_version(self, version: Version, erasure: int, *, weights: bool, report: bytes | None) -> None:
         """Remove what a version holds of edits that commit `erasure` erased. Safe to repeat.

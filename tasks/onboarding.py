@@ -42,6 +42,7 @@ class ProfileFile(BaseModel):
     prepare: PrepareOptions
     lam: float
     origin: str = "written by hand"
+    max_norm_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def place_profile(storage: Storage, found: Source, profile: Path | None, corpus:
     ref = put_base(storage, found.ref, found.folder)
     spread = "even" if len(chosen.prepare.layers) > 1 else "single"
     solve = SolveOptions(lam=chosen.lam, spread=spread, moments=put_moments(storage, moments.to_bytes()))
-    made = Profile(base=ref.digest, prepare=chosen.prepare, solve=solve, origin=chosen.origin)
+    made = Profile(base=ref.digest, prepare=chosen.prepare, solve=solve, origin=chosen.origin, max_norm_ratio=chosen.max_norm_ratio)
     editor = make_editor("d4s", made, moments, found.base.layout)
     return Placed(ref, put_profile(storage, ref.digest, made.to_bytes()), editor)
 
@@ -168,7 +169,7 @@ def choose_profile(found: Source, path: Path | None) -> Suggestion:
             raise InputError(f"{path}: expected a readable profile ({error.strerror or error})") from None
         except ValidationError as error:
             raise SettingsError(f"{path}: " + "; ".join(map(str, explain_errors(error)))) from None
-        return Suggestion(given.prepare, given.lam, given.origin)
+        return Suggestion(given.prepare, given.lam, given.origin, given.max_norm_ratio)
     if found.ref.kind == "builtin":
         return BUILTIN_SUGGESTION
     family = found.base.model.config.model_type

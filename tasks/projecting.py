@@ -20,11 +20,14 @@ from errata.report import Report
 from errata.settings import Settings
 from registry.events import AcceptedCommit
 from registry.keeping import open_archived
+from registry.marks import mark_shown
 from registry.models import CHALLENGER, CHAMPION, ModelRegistry
 from registry.release import Release, Version, resolve_tracking
 from registry.stream import Stream
+from registry.verification import verify_logits
 from tasks._session import load_under, open_named, read_manifest
 from tasks._task import stage
+from tasks.announcing import announce_champion
 
 _PLOTTED = 50
 """Most commits in the plot of a version: what a version costs may not grow with history."""
@@ -67,6 +70,8 @@ def show_log(settings: Settings, stream: Stream, *, everything: bool = False) ->
             made += 1
         served = show_alias(settings, stream, registry, CHAMPION, champion or None)
         show_alias(settings, stream, registry, CHALLENGER, challenger)
+        if served is not None:
+            mark_shown(stream, champion)
         # MLflow has no compare-and-swap: whoever committed meanwhile must not find an older champion behind theirs.
         head = stream.refresh()
         if (head.champion, head.challenger) == (champion, challenger):
@@ -89,6 +94,8 @@ def show_alias(settings: Settings, stream: Stream, registry: ModelRegistry, alia
     if shown is None or shown.number != version.number:
         verify_version(settings, stream, registry, version)
         registry.point_alias(version, alias)
+        if alias == CHAMPION:
+            announce_champion(settings, stream, version.number, shown.number if shown else None)
     return version.number
 
 
@@ -159,7 +166,7 @@ def verify_version(settings: Settings, stream: Stream, registry: ModelRegistry, 
     manifest = read_manifest(stream, stream.log.read(version.commit).manifest or "")
     base = load_under(settings, stream, manifest).base
     accepted = [stream.objects.get(digest) for digest in manifest.artifacts]
-    registry.verify_version(version, _answer(base, accepted), lambda stored: _answer(base, stored))
+    verify_logits(registry, version, _answer(base, accepted), lambda stored: _answer(base, stored))
 
 
 @torch.inference_mode()

@@ -220,3 +220,7 @@ class Editor(Protocol[S]):
     def measure_fits(self, state: S, pairs: Pairs) -> torch.Tensor:
         """How much of each pair the solved weights realise: [n] float64 in [0, 1)."""
         ...
+
+    def measure_conditions(self, state: S) -> Mapping[str, float]:
+        """Parameter name → condition number of the matrix that its weights are solved with; empty for a state without edits."""
+        ...

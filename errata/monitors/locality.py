@@ -1,5 +1,6 @@
 """Distance of a candidate from its base on texts that no edit is about: KL divergence and argmax agreement (design §7)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,12 +36,15 @@ class ProbeReading:
     """What the base predicts on a probe: log-probabilities [positions, vocabulary] float32 for each text, on the CPU."""
 
     texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    """Token ids of each text, one per position."""
     logprobs: tuple[torch.Tensor, ...]
 
 
 def read_probe(base: Base, texts: Sequence[str] = PROBE_TEXTS) -> ProbeReading:
     """Read the model as it is now on a fixed probe, every position of every text (cut at the context)."""
-    return ProbeReading(tuple(texts), tuple(_read_text(base, text).cpu() for text in texts))
+    tokens = tuple(_encode(base, text) for text in texts)
+    return ProbeReading(tuple(texts), tokens, tuple(_read_tokens(base, ids).cpu() for ids in tokens))
 
 
 def measure_locality(base: Base, reference: ProbeReading) -> Locality:
@@ -51,8 +55,8 @@ def measure_locality(base: Base, reference: ProbeReading) -> Locality:
         disagreement and leave KL undefined.
     """
     divergence, agreed, positions = 0.0, 0, 0
-    for text, before in zip(reference.texts, reference.logprobs, strict=True):
-        now = _read_text(base, text).cpu()
+    for tokens, before in zip(reference.tokens, reference.logprobs, strict=True):
+        now = _read_tokens(base, tokens).cpu()
         finite = torch.isfinite(now).all(-1)
         agreed += int(((before.argmax(-1) == now.argmax(-1)) & finite).sum())
         # Clamped at zero: rounding makes the divergence of equal distributions slightly negative.
@@ -64,10 +68,26 @@ def measure_locality(base: Base, reference: ProbeReading) -> Locality:
     return Locality(kl=kl if kl < float("inf") else None, agreement=agreed / positions, positions=positions)
 
 
+def find_perplexity(reading: ProbeReading) -> float | None:
+    """exp of the mean negative log-likelihood per token of the probe's own texts, over all tokens but each text's first. None where there
+    is no such token, or where a value is not finite."""
+    losses = [
+        -logprobs[range(len(tokens) - 1), list(tokens[1:])].double()
+        for tokens, logprobs in zip(reading.tokens, reading.logprobs, strict=True)
+        if len(tokens) > 1
+    ]
+    perplexity = torch.cat(losses).mean().exp().item() if losses else math.nan
+    return perplexity if math.isfinite(perplexity) else None
+
+
+def _encode(base: Base, text: str) -> tuple[int, ...]:
+    return tuple(encode_prompt(base.tokenizer, text)[: base.context])
+
+
 @torch.inference_mode()
-def _read_text(base: Base, text: str) -> torch.Tensor:
-    """Log-probabilities of the next token at every position of a text [positions, vocabulary] float32."""
-    ids = torch.tensor([encode_prompt(base.tokenizer, text)[: base.context]], device=base.device)
+def _read_tokens(base: Base, tokens: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities of the next token at every position [positions, vocabulary] float32."""
+    ids = torch.tensor([tokens], device=base.device)
     body = base.model.get_submodule(base.layout.body)
     hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
     logits: torch.Tensor = base.model.get_submodule(base.layout.head)(hidden[0])

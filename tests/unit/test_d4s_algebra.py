@@ -16,7 +16,7 @@ from errata.editors.artifacts import load_artifact
 from errata.editors.base import Pairs
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments
-from errata.editors.d4s.solve import PairSystem, SumSystem, factor_moments
+from errata.editors.d4s.solve import PairSystem, SumSystem, estimate_condition, factor_moments
 from errata.editors.d4s.state import D4SState
 from errata.errors import BaseMismatchError, EditorError
 from errata.modeling.layout import LAYOUTS
@@ -323,3 +323,18 @@ def test_memit_on_the_drifting_model_explodes_and_d4s_does_not(seed: int) -> Non
     d4s = [grown(w0 + SumSystem.form(kk, c, lam).solve(rk)) for rk, kk in sums]
     assert grown(drifting) > 1e3
     assert max(d4s) < 10
+
+
+@pytest.mark.parametrize("count", [1, 3, 60])
+def test_the_condition_is_that_of_the_matrix_that_is_solved_with(count: int) -> None:
+    """Both forms, against an eigendecomposition. The estimate comes from below."""
+    keys, c = make_pairs(count).keys[1], make_moments().c[1]
+    kk = keys.double().T @ keys.double()
+    lower = factor_moments(c)
+    expected = float(torch.linalg.cond(LAM * lower @ lower.T + kk))
+    for system in (PairSystem.form(keys, lower, LAM), SumSystem.form(kk, c, LAM)):
+        assert 0.95 * expected < estimate_condition(system) < 1.001 * expected
+    editor = make_editor()
+    conditions = editor.measure_conditions(editor.merge(editor.empty_state(), make_pairs(count), None))
+    assert conditions[LAYOUTS["gpt2"].weight_name(1)] == pytest.approx(expected, rel=0.05)
+    assert editor.measure_conditions(editor.empty_state()) == {}

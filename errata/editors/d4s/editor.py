@@ -17,7 +17,7 @@ from errata.editors.d4s.groups import group_keys, read_bare_keys
 from errata.editors.d4s.moments import Moments
 from errata.editors.d4s.reading import read_base
 from errata.editors.d4s.rows import EditRows, build_rows
-from errata.editors.d4s.solve import PairSystem, SumSystem, factor_moments
+from errata.editors.d4s.solve import PairSystem, SumSystem, estimate_condition, factor_moments
 from errata.editors.d4s.state import D4SState
 from errata.editors.d4s.targets import optimise_targets
 from errata.edits import Edit
@@ -154,6 +154,12 @@ class D4S:
         """ρ of each pair, meaned over layers: [n] float64. Near 0 the edit is not written; near 1 λ no longer protects anything."""
         fits = [self._form(state, layer).measure_fit(keys) for layer, keys in pairs.keys.items()]
         return torch.stack(fits).mean(dim=0)
+
+    def measure_conditions(self, state: D4SState) -> dict[str, float]:
+        """See `Editor.measure_conditions`: of λC + kk (`estimate_condition`). Raises EditorError: a system is singular."""
+        self._require_own(state)
+        layers = self._profile.prepare.layers if state.count else ()
+        return {self._layout.weight_name(layer): estimate_condition(self._form(state, layer)) for layer in layers}
 
     def _build_rows(self, base: Base, edits: Sequence[Edit]) -> tuple[dict[str, EditRows], dict[str, str]]:
         """Edit id → its token rows, or why it has none."""

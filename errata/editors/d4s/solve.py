@@ -5,6 +5,8 @@ forms below are the same matrix. With n pairs of width d the dual form costs n·
 primal form costs d³ and d²·d_out at any n.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,6 +17,8 @@ from errata.errors import EditorError
 _JITTER = 1e-6
 """Added to the diagonal of C, as a fraction of its mean: C is stored in float32 and comes from finitely many tokens (a silent unit has
 an empty row), so that directions below this are noise. Added always, not where a factorisation fails: all solves must share one C."""
+_TOLERANCE = 1e-4
+_MAX_ITERATIONS = 300
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,24 @@ class PairSystem:
         fit: torch.Tensor = half.square().sum(dim=0) - explained.square().sum(dim=0)
         return fit
 
+    def multiply(self, vector: torch.Tensor) -> torch.Tensor:
+        """(λC + kk) v [d_in]: with kk = λ L H Hᵀ Lᵀ this is λ L (I + H Hᵀ) Lᵀ v."""
+        image = self.lower.T @ vector
+        product: torch.Tensor = self.lower @ (image + self.half @ (self.half.T @ image))
+        return self.lam * product
+
+    def divide(self, vector: torch.Tensor) -> torch.Tensor:
+        """(λC + kk)⁻¹ v [d_in], by Woodbury."""
+        image: torch.Tensor = torch.linalg.solve_triangular(self.lower, vector[:, None], upper=False)
+        image = image - self.half @ torch.cholesky_solve(self.half.T @ image, self.gram)
+        quotient: torch.Tensor = torch.linalg.solve_triangular(self.lower.T, image, upper=True)[:, 0] / self.lam
+        return quotient
+
+    @property
+    def width(self) -> int:
+        """d_in."""
+        return len(self.lower)
+
 
 @dataclass(frozen=True)
 class SumSystem:
@@ -75,6 +97,44 @@ class SumSystem:
         """As `PairSystem.measure_fit`."""
         half: torch.Tensor = torch.linalg.solve_triangular(self.factor, keys.double().T, upper=False)
         return half.square().sum(dim=0)
+
+    def multiply(self, vector: torch.Tensor) -> torch.Tensor:
+        """(λC + kk) v [d_in]."""
+        return self.factor @ (self.factor.T @ vector)
+
+    def divide(self, vector: torch.Tensor) -> torch.Tensor:
+        """(λC + kk)⁻¹ v [d_in]."""
+        return torch.cholesky_solve(vector[:, None], self.factor)[:, 0]
+
+    @property
+    def width(self) -> int:
+        """d_in."""
+        return len(self.factor)
+
+
+def estimate_condition(system: PairSystem | SumSystem) -> float:
+    """λ_max / λ_min of λC + kk, which is symmetric and positive definite; infinite where a product is not finite.
+
+    By power iteration on the matrix and on its inverse, from the factor that solving has made anyway: d_in² per product, where an
+    eigendecomposition takes d_in³ and minutes per layer of a 7B model. Both ends are approached from within, so the estimate is a lower
+    bound, a few percent below where eigenvalues crowd at an end. The start is fixed: equal systems give equal numbers.
+    """
+    return _find_largest(system.multiply, system.width) * _find_largest(system.divide, system.width)
+
+
+def _find_largest(product: Callable[[torch.Tensor], torch.Tensor], width: int) -> float:
+    """The largest eigenvalue of a symmetric positive definite product with vectors [width]."""
+    vector = torch.randn(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value = 0.0
+    for _ in range(_MAX_ITERATIONS):
+        vector = vector / vector.norm()
+        vector = product(vector)
+        previous, value = value, vector.norm().item()
+        if not math.isfinite(value):
+            return math.inf
+        if abs(value - previous) <= _TOLERANCE * value:
+            break
+    return value
 
 
 def factor_moments(c: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from errata.modeling.loading import Base
 from errata.modeling.patch import attach
 from registry.models import ModelRegistry
 from registry.release import Release, Version, resolve_tracking
+from registry.verification import verify_logits
 
 MakeRelease = Callable[..., Release]
 
@@ -211,11 +212,11 @@ def test_version_is_verified_by_its_logits(
 ) -> None:
     release = make_release(1, deltas[0])
     version = registry.project(release)
-    registry.verify_version(version, read_logits(base, release.artifacts), lambda data: read_logits(base, data))
+    verify_logits(registry, version, read_logits(base, release.artifacts), lambda data: read_logits(base, data))
     with pytest.raises(RegistryError, match="expected the logits of the candidate"):
-        registry.verify_version(version, read_logits(base, [deltas[1].to_bytes()]), lambda data: read_logits(base, data))
+        verify_logits(registry, version, read_logits(base, [deltas[1].to_bytes()]), lambda data: read_logits(base, data))
     with pytest.raises(RegistryError, match="the alias was not moved"):
-        registry.verify_version(version, read_logits(base, release.artifacts), lambda data: read_logits(base, data) * np.nan)
+        verify_logits(registry, version, read_logits(base, release.artifacts), lambda data: read_logits(base, data) * np.nan)
 
 
 def test_damaged_artifact_is_noticed(registry: ModelRegistry, make_release: MakeRelease, deltas: list[WeightDelta], tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from errata.editors.artifacts import WeightDelta
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
 from errata.modeling.trace import change_output
-from errata.monitors.locality import measure_locality, read_probe
+from errata.monitors.forgetting import AGES, Remembered, plot_retention, summarise_age
+from errata.monitors.locality import find_perplexity, measure_locality, read_probe
 from errata.monitors.norms import NormPoint, measure_norms, plot_norms, spectral_norm
 from errata.report import WeightNorms
 
@@ -83,4 +84,30 @@ def test_the_plot_draws_one_line_per_weight(tmp_path: Path) -> None:
     blank = plot_norms([], tmp_path / "blank.png")
     drawn, empty = imread(path), imread(blank)
     assert drawn.shape == empty.shape and drawn.shape[1] > 900
+    assert (drawn[..., :3] < 0.99).any(-1).sum() > 1.5 * (empty[..., :3] < 0.99).any(-1).sum()
+
+
+def test_perplexity_equals_the_model_s_own_loss(base: Base) -> None:
+    texts = ["Anna Keller lives in Paris.", "It rains."]
+    losses, counts = [], []
+    for text in texts:
+        ids = torch.tensor([base.tokenizer(text).input_ids])
+        losses.append(base.model(ids, labels=ids).loss.item())
+        counts.append(ids.shape[1] - 1)
+    expected = torch.tensor(sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)).exp().item()
+    assert find_perplexity(read_probe(base, texts)) == pytest.approx(expected, rel=1e-4)
+    assert find_perplexity(read_probe(base, [])) is None
+
+
+def test_ages_cover_every_commit_once() -> None:
+    for age in (0, 1, 9, 10, 99, 100, 999, 1_000, 10**6):
+        assert sum(item.first <= age and (item.last is None or age <= item.last) for item in AGES) == 1
+
+
+def test_an_age_compares_immediate_with_retained(tmp_path: Path) -> None:
+    sample = [Remembered("a", True, True), Remembered("b", True, False), Remembered("c", None, True), Remembered("d", True, True)]
+    found = summarise_age(AGES[1], sample)
+    assert (found.age, found.immediate.value, found.immediate.edits, found.retained.value) == ("1-9", 1.0, 3, 0.75)
+    assert found.forgotten == ("b",)
+    drawn, empty = (imread(plot_retention(ages, tmp_path / "new" / "plot.png")) for ages in ([found], []))
     assert (drawn[..., :3] < 0.99).any(-1).sum() > 1.5 * (empty[..., :3] < 0.99).any(-1).sum()

@@ -114,6 +114,16 @@ def test_a_sample_stays_mostly_the_same_as_edits_arrive(storage: MemoryStorage, 
     assert len(before & {row.key for row in stream.index.sample_live(20, seed=0)}) >= 16
 
 
+def test_a_sample_of_some_commits(storage: MemoryStorage) -> None:
+    index = open_stream(storage, "main").index
+    sample = index.sample_between(2, 4, 6, seed=1)
+    assert sample == index.sample_between(2, 4, 6, seed=1) and len({row.key for row in sample}) == 6
+    assert {row.seq for row in index.sample_between(2, 4, 100, seed=1)} == {2, 3, 4}
+    assert len(index.sample_between(2, 4, 100, seed=1)) == 15 and index.sample_between(9, 20, 5, seed=1) == []
+    drawn = {row.key for seed in range(60) for row in index.sample_between(2, 4, 6, seed)}
+    assert len(drawn) == 15, "every edit of these commits is drawn by some seed"
+
+
 LOOKUPS: dict[str, tuple[Callable[[Index], Any], str]] = {
     "id": (lambda index: index.find_edit("p1-1"), "PRIMARY KEY (id=?)"),
     "history": (lambda index: index.find_occurrences("p1-1"), "PRIMARY KEY (id=?)"),
