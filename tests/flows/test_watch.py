@@ -193,3 +193,29 @@ def test_outside_of_a_run_and_without_a_server_nobody_is_told(desk: Any, monkeyp
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     announce(*open_named("main"), [Alarm(event=NORM, measure="m", value=1.0, threshold=1.0, message="")])
     assert heard == []
+
+
+def test_where_mlflow_is_a_server_prefect_shows_its_figures(desk: Any, make_edit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import watching
+
+    desk.submit("one", make_edit(0))
+    desk.apply()
+    report = watch()
+    version = desk.versions()[1]
+    logged: list[Any] = []
+
+    class Server:
+        tracking_uri = "http://mlflow:5000/"
+
+        def find_version(self, *_: Any) -> Any:
+            return version
+
+        def log_watch(self, *given: Any) -> None:
+            logged.append(given)
+
+    monkeypatch.setattr(watching, "open_registry", lambda _: Server())
+    watching.show_watch("main", report)
+    assert logged[0][0] == version
+    with get_client(sync_client=True) as client:
+        images = {item.key: item.data for item in client.read_artifacts() if item.type == "image"}
+    assert images["watch-main-retention"] == f"http://mlflow:5000/get-artifact?path=watch/retention.png&run_uuid={version.run}"

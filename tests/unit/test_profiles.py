@@ -1,0 +1,20 @@
+"""A profile's bytes are its name: what was added to profiles later must not rename older ones."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from errata.profiles import PrepareOptions, Profile, SolveOptions
+
+PROFILE = Profile(base="b", prepare=PrepareOptions(layers=(1,)), solve=SolveOptions(lam=1.0, spread="single", moments="m"))
+
+
+def test_a_norm_ratio_is_spelled_only_where_there_is_one() -> None:
+    assert json.loads(PROFILE.to_bytes()).keys() == {"format", "base", "prepare", "solve", "origin"}
+    bearing = PROFILE.model_copy(update={"max_norm_ratio": 3.0})
+    assert json.loads(bearing.to_bytes())["max_norm_ratio"] == 3.0
+    assert Profile.model_validate_json(bearing.to_bytes()) == bearing
+    assert Profile.model_validate_json(PROFILE.to_bytes()) == PROFILE
+    with pytest.raises(ValidationError, match="max_norm_ratio"):
+        Profile.model_validate({**json.loads(PROFILE.to_bytes()), "max_norm_ratio": 0.5})
