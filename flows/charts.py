@@ -13,6 +13,8 @@ _WIDTH, _HEIGHT = 400, 230
 """Units, of which about one is a pixel on a phone: the letters stay readable there."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 390, 12, 186
 _TICKS = 5
+_MANY = 60
+"""Marks on a line that still can be told apart."""
 
 
 def draw_lines(
@@ -44,22 +46,23 @@ def draw_lines(
     if steps[0] <= level <= steps[-1]:
         _line(svg, "level", _LEFT, up(level), _RIGHT, up(level))
     for number, (label, line) in enumerate(lines.items()):
+        size = 2.2 if len(line) <= _MANY else 0.9  # or they hide the dashes
         if len(line) > 1:
             SubElement(svg, "polyline", {"class": f"s{number}", "points": " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line)})
         for x, y in line:
-            dot = SubElement(svg, "circle", {"class": f"d{number}", "cx": f"{across(x):.1f}", "cy": f"{up(y):.1f}", "r": "2.2"})
+            dot = SubElement(svg, "circle", {"class": f"d{number}", "cx": f"{across(x):.1f}", "cy": f"{up(y):.1f}", "r": str(size)})
             SubElement(dot, "title").text = f"{label}: {_spell(y)} at {_spell(x)}"
     return tostring(svg, encoding="unicode")
 
 
 def draw_stacks(name: str, title: str, told: str, columns: Sequence[str], stacks: Mapping[str, Sequence[int]], x_label: str) -> str:
-    """One bar per column, of numbers stacked in the order of `stacks`."""
+    """One bar per column, of numbers stacked in the order of `stacks`. Columns are named by a number, or by a run such as `7–9`."""
     steps = _choose_ticks(0, max([_TICKS, *map(sum, zip(*stacks.values(), strict=True))]))  # whole numbers, also of few
     up = _scale(steps[0], steps[-1], _BOTTOM, _TOP)
     wide = (_RIGHT - _LEFT) / max(len(columns), 1)
     svg = _begin(name, title, told)
     middles = {index: _LEFT + (index + 0.5) * wide for index in range(len(columns))}
-    shown = {middles[index]: columns[index] for index in range(0, len(columns), -(-len(columns) // _TICKS) or 1)}
+    shown = {middles[index]: columns[index].partition("–")[0] for index in range(0, len(columns), -(-len(columns) // _TICKS) or 1)}
     _draw_frame(svg, {up(y): _spell(y) for y in steps}, shown, x_label)
     for index, column in enumerate(columns):
         below = 0
@@ -130,4 +133,4 @@ def _choose_places(values: Sequence[float]) -> list[float]:
 
 
 def _spell(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"

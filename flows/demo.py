@@ -90,6 +90,7 @@ def _point_further(settings: Settings, stream: Stream, out: Console) -> None:
                 ("refused", escape(f"{refused[0]['origin']}: {refused[0]['reason']}" if refused else "nothing")),
                 ("the log", f"ERRATA_ROOT={ROOT} errata log --stream {stream.name}"),
                 ("one commit", f"ERRATA_ROOT={ROOT} errata show head --stream {stream.name}"),
+                ("a page", f"ERRATA_ROOT={ROOT} errata report --stream {stream.name} --open"),
                 ("MLflow", f"mlflow ui --backend-store-uri {escape(redact(registry.tracking_uri))}"),
                 ("Prefect", f"PREFECT_HOME={escape(str(settings.cache / 'prefect'))} prefect server start"),
             ]

@@ -90,8 +90,8 @@ def lay_legend(names: Sequence[str], bar: bool = False) -> list[tuple[str, str]]
 
 
 def lay_heat(columns: Sequence[Facts]) -> Facts | None:
-    """The newest columns of the retention map, and its rows: (age, a cell per column or None)."""
-    shown = columns[-_HEAT:]
+    """The newest columns of the retention map, newest first, and its rows: (age, a cell per column or None)."""
+    shown = columns[: -_HEAT - 1 : -1]
     ages = sorted({item["age"] for column in columns for item in column["ages"]}, key=lambda age: int(age.partition("-")[0]))
     rows = [(age, [next((item for item in column["ages"] if item["age"] == age), None) for column in shown]) for age in ages]
     return {"columns": [column["name"] for column in shown], "rows": rows} if shown else None

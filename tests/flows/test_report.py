@@ -60,7 +60,7 @@ def test_the_page_says_what_the_log_says(page: Element) -> None:
     assert batch["case-4@2"][5].startswith("quarantined") and "z was not reached" in batch["case-4@2"][5]
     assert batch["case-4@2"][3:5] == ["–", "–"], "it was not measured"
     ages = {row[0]: row[1:] for row in read_rows(page, "retention")}
-    assert ages["0"] == ["1.00", "1.00"] and ages["1-on"][0] == "–"
+    assert ages["0"] == ["1.00", "1.00"] and ages["1-on"][1] == "–"
     told = {read_text(svg[0]): read_text(svg[1]) for svg in page.iter(f"{SVG}svg") if svg.get("role") == "img"}
     assert told["What became of edits"].startswith("6 accepted, 1 quarantined, 0 rejected, in commits 1–2")
     assert told.keys() == {"What became of edits", "Efficacy, generalization, specificity", "Norms of edited weights"}

@@ -92,12 +92,12 @@ def test_the_map_of_retention_takes_any_ages() -> None:
         {"name": "14", "ages": [{"age": "0", "value": 1.0, "edits": 2}, {"age": "1000-on", "value": 0.7, "edits": 5}]},
     ]
     heat = lay_heat(columns)
-    assert heat is not None and heat["columns"] == ["12", "14"]
+    assert heat is not None and heat["columns"] == ["14", "12"]
     assert [(age, [cell and cell["value"] for cell in cells]) for age, cells in heat["rows"]] == [
-        ("0", [None, 1.0]),
-        ("1-9", [0.9, None]),
-        ("10-99", [0.4, None]),
-        ("1000-on", [None, 0.7]),
+        ("0", [1.0, None]),
+        ("1-9", [None, 0.9]),
+        ("10-99", [None, 0.4]),
+        ("1000-on", [0.7, None]),
     ]
 
 
