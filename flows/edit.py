@@ -14,7 +14,7 @@ from tasks.committing import commit_batch
 from tasks.compacting import refresh_sums
 from tasks.editing import merge_pairs, prepare_pairs
 from tasks.evaluating import judge_candidate
-from tasks.intake import note_failure, order_batch
+from tasks.intake import is_overtaken, note_failure, order_batch
 from tasks.projecting import project_versions
 
 MAX_CONFLICTS = 5
@@ -54,18 +54,18 @@ def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bo
     while (order := order_next()) is not None:
         try:
             prepared, rounds = try_batch(stream, order)
+            done.append(commit_batch(stream, order, prepared, rounds, dry_run))
         except (StorageError, RegistryError):
             raise  # whatever is in the batch
         except Exception as fault:
-            note_failure(stream, order, f"{type(fault).__name__}: {fault}")
-            raise
-        try:
-            done.append(commit_batch(stream, order, prepared, rounds, dry_run))
-        except ConflictError as conflict:
+            # Where another writer commits meanwhile, what is read does not fit the order any more, and anything may come of it.
+            if not (isinstance(fault, ConflictError) or is_overtaken(stream, order)):
+                note_failure(stream, order, f"{type(fault).__name__}: {fault}")
+                raise
             conflicts += 1
             if conflicts > MAX_CONFLICTS:
                 raise
-            tell_run(logging.WARNING, f"{conflict}; the batch is merged and judged again")
+            tell_run(logging.WARNING, f"{type(fault).__name__}: {fault}; the batch is ordered, merged and judged again")
             continue
         conflicts = 0
         if dry_run:

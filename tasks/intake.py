@@ -38,6 +38,13 @@ def order_batch(stream: str) -> str | None:
 
 
 @stage
+def is_overtaken(stream: str, order: str) -> bool:
+    """Whether another writer has committed since an order was made."""
+    _, opened = open_named(stream)
+    return opened.head.digest != Order.load(opened.objects, order).parent
+
+
+@stage
 def note_failure(stream: str, order: str, reason: str) -> None:
     """Note that a run failed over the files of an order."""
     _, opened = open_named(stream)

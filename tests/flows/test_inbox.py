@@ -89,6 +89,26 @@ def test_a_file_that_every_run_fails_over_is_set_aside_and_the_others_go_on(
     assert not list(desk.open().storage.list("streams/main/setbacks/"))
 
 
+def test_a_batch_that_another_writer_has_written_meanwhile_is_ordered_again(
+    desk: Any, make_edit: Make, monkeypatch: pytest.MonkeyPatch, errata: Callable[..., Any]
+) -> None:
+    """What is live since is neither prepared nor refused: the order does not fit any more."""
+    import flows.edit
+
+    desk.submit("monday", make_edit(0), make_edit(1))
+    real, others = flows.edit.prepare_pairs, [True]
+
+    def prepare(stream: str, order: str) -> Any:
+        if others and others.pop():
+            assert desk.apply()[0].outcomes == {"live": 2}
+        return real(stream, order)
+
+    monkeypatch.setattr(flows.edit, "prepare_pairs", prepare)
+    assert desk.apply() == [], "it is all done"
+    assert len(desk.live()) == 2 and desk.open().head.seq == 1
+    assert not list(desk.open().storage.list("streams/main/setbacks/"))
+
+
 def test_a_fault_of_the_storage_is_nobody_s_fault(
     desk: Any, make_edit: Make, errata: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

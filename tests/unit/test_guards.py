@@ -78,7 +78,9 @@ def test_reading_commands_import_nothing_heavy() -> None:
 
 
 def test_the_registry_is_light_until_mlflow_is_asked_for() -> None:
-    light = [path for path in list_modules("registry") if path.stem not in ("__init__", "models", "packaging", "served_model", "verification")]
+    light = [
+        path for path in list_modules("registry") if path.stem not in ("__init__", "models", "packaging", "served_model", "verification")
+    ]
     loaded = import_alone(*(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in light))
     assert {"registry.stream", "registry.storage.s3"} <= loaded
     assert sorted(loaded & set(HEAVY)) == []
