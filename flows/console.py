@@ -13,7 +13,18 @@ from rich.markup import escape
 from errata.edits import Refusal, Submission
 from errata.errors import ErrataError, InputError
 from errata.settings import load_settings
-from flows import console_erase, console_keep, console_longrun, console_merge, console_rebase, console_replay, console_undo, lookup, views
+from flows import (
+    console_erase,
+    console_keep,
+    console_longrun,
+    console_merge,
+    console_rebase,
+    console_replay,
+    console_undo,
+    console_up,
+    lookup,
+    views,
+)
 from flows.commandline import (
     EPILOG,
     REFUSED,
@@ -351,3 +362,4 @@ console_replay.add_commands(app)
 console_longrun.add_commands(app)
 console_erase.add_commands(app)
 console_keep.add_commands(app)
+console_up.add_commands(app)
