@@ -1,6 +1,6 @@
 """What running unattended costs besides the work: Prefect's share of a batch, and the way from a dropped file to the champion.
 
-    python -m benchmarks.orchestration [--batches 8] [--drops 5] [--every 15]
+    python -m benchmarks.orchestration [--batches 8] [--drops 5] [--every 40]
 
 Both on the built-in base, with the servers of an `errata up` on this machine.
 (a) `apply-edits` in one process, against those servers. Overhead of a batch is the wall time of the flow less the sum of what the plain
