@@ -77,6 +77,16 @@ def end_family(home: Path, last: Iterable[int], hurry: Callable[[], bool]) -> No
         psutil.wait_procs(family, timeout=1)
 
 
+def end_session(home: Path, leader: int) -> None:
+    """End what a child that is gone has left of its own session, such as the one that has its port. Flow runs have sessions of their own."""
+    left = []
+    for process in find_family(home):
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) == leader:
+                left.append(process)
+    _end(left, lambda: False)
+
+
 def _end(processes: list[psutil.Process], hurry: Callable[[], bool]) -> None:
     for process in processes:
         with suppress(psutil.Error):

@@ -25,7 +25,7 @@ from errata.errors import ErrataError, UnknownNameError
 from errata.settings import Settings, spell_environment
 from flows import views
 from flows.checkout import find_checkout
-from flows.children import HOST, Child, end_family, read_tail, start_child, take_port, wait_until_healthy
+from flows.children import HOST, Child, end_family, end_session, read_tail, start_child, take_port, wait_until_healthy
 from flows.prefect_runs import find_next, read_news, settle_past
 from flows.up_screen import build_screen, describe_places, describe_streams, spell_line, tell_commits
 from registry.release import resolve_tracking
@@ -268,6 +268,7 @@ def _mend(commands: Commands, children: dict[str, Child], born: dict[str, float]
             continue
         if time.monotonic() - born[name] < _YOUNG:
             raise ErrataError(f"up: expected {name} to run, found it ended with {children[name].returncode}:\n{read_tail(home, name)}")
+        end_session(home, children[name].pid)
         children[name], born[name] = start_child(name, command, home, environment, folder), time.monotonic()
         yield name
 

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from errata.errors import ErrataError
-from flows.children import Child, end_family, start_child
+from flows.children import Child, end_family, find_family, start_child
 from flows.up import _mend, _spell_store
 from flows.up_screen import LINES, build_screen
 
@@ -45,11 +46,15 @@ def home(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_what_ends_is_started_again_unless_it_ended_at_once(home: Path) -> None:
-    command = [sys.executable, "-c", "print('no disk left')"]
+    sleeper = "import time; time.sleep(600)"
+    leaves = f"import subprocess, sys; print('no disk left'); subprocess.Popen([sys.executable, '-c', {sleeper!r}])"
+    command = [sys.executable, "-c", leaves]
     children: dict[str, Child] = {"worker": start_child("worker", command, home, os.environ, home)}
     children["worker"].wait()
     born = {"worker": time.monotonic() - 3_600}
+    (left,) = find_family(home)
     assert list(_mend({"worker": (command, home)}, children, born, dict(os.environ), home)) == ["worker"]
+    assert not psutil.pid_exists(left.pid), "it would have the port"
     children["worker"].wait()
     with pytest.raises(ErrataError, match=r"(?s)expected worker to run, found it ended with 0:.*no disk left"):
         list(_mend({"worker": (command, home)}, children, born, dict(os.environ), home))
