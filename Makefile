@@ -28,13 +28,14 @@ demo: $(STAMP)  ## edits through the gate into a registered model, on the built-
 test: $(STAMP)  ## all tests; no network, no GPU
 	$(BIN)/pytest -n 2 --dist loadfile
 
-bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withdrawal, the long run, chaos
+bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withdrawal, the long run, chaos, orchestration
 	$(BIN)/python -m benchmarks.edit_quality
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.edit_speed
 	$(BIN)/python -m benchmarks.withdrawal
 	$(BIN)/python -m benchmarks.long_run
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos
+	$(BIN)/python -m benchmarks.orchestration
 
 lint: $(STAMP) types  ## style, types and import contracts
 	$(BIN)/ruff check .

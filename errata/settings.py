@@ -4,6 +4,7 @@ Nested values are spelled `ERRATA_GATE__MIN_EFFICACY`. Unknown keys are refused,
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,6 +186,22 @@ def load_settings(**overrides: Any) -> Settings:
         raise SettingsError("; ".join(problems)) from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"{SETTINGS_FILE}: expected TOML in UTF-8, found a fault ({error})") from None
+
+
+def spell_environment(settings: Settings) -> dict[str, str]:
+    """The settings as variables for a process in another folder: every path is absolute; what is None is left to that process."""
+    whole = settings.model_copy(update={"cache": settings.cache.absolute()})
+    if "://" not in settings.root:
+        whole = whole.model_copy(update={"root": str(Path(settings.root).absolute())})
+    return dict(_spell_values(whole.model_dump(mode="json")))
+
+
+def _spell_values(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _spell_values(value, f"{before}{name}.")
+        elif value is not None:
+            yield _spell_variable(before + name), str(value)
 
 
 def _spell_names(model: type[BaseModel], before: str = "") -> list[str]:

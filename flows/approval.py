@@ -21,6 +21,7 @@ def approve(stream: str, version: str, reason: str = "") -> int:
     """Make a version that waits the champion.
 
     Args:
+        stream: whose version.
         version: `v3`, or its commit.
         reason: for the log.
 
@@ -44,6 +45,7 @@ def refuse(stream: str, version: str, reason: str = "", requeue: bool = True) ->
     """Return to the champion: what came after it leaves, and goes into the inbox once more.
 
     Args:
+        stream: whose version.
         version: the one that waits, `v3` or its commit.
         reason: for the log.
         requeue: submit the edits that leave once more.

@@ -25,6 +25,7 @@ from flows import (
     console_replay,
     console_report,
     console_undo,
+    console_up,
     console_watch,
     lookup,
     views,
@@ -375,3 +376,4 @@ console_inbox.add_commands(app)
 console_report.add_commands(app)
 console_watch.add_commands(app)
 console_alerts.add_commands(app)
+console_up.add_commands(app)

@@ -21,7 +21,7 @@ MAX_CONFLICTS = 5
 """How often in a row a batch is started again because another writer committed first."""
 
 
-@flow(name="apply-edits")
+@flow(name="apply-edits", timeout_seconds=6 * 3600)
 def apply_edits(stream: str = "main", dry_run: bool = False) -> list[BatchSummary]:
     """Apply everything that waits, batch by batch.
 

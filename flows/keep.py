@@ -6,7 +6,7 @@ from errata.summary import CollectionSummary
 from tasks.keeping import archive_versions, collect_objects
 
 
-@flow(name="collect-garbage")
+@flow(name="collect-garbage", timeout_seconds=3 * 3600)
 def collect_garbage(stream: str = "main", dry_run: bool = False) -> CollectionSummary:
     """Archive and collect. May be killed anywhere and repeated at any time, beside writers.
 

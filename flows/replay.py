@@ -21,11 +21,12 @@ MAX_CONFLICTS = 5
 """How often in a row the work is started again because another writer committed first."""
 
 
-@flow(name="rebuild")
+@flow(name="rebuild", timeout_seconds=24 * 3600)
 def rebuild(stream: str = "main", to: int | None = None, check: bool = False) -> RebuildReport:
     """Replay a stream's log, compare, and mend.
 
     Args:
+        stream: whose log.
         to: the last commit to replay; None is the newest.
         check: change nothing.
 
@@ -40,11 +41,12 @@ def rebuild(stream: str = "main", to: int | None = None, check: bool = False) ->
     return report
 
 
-@flow(name="compact")
+@flow(name="compact", timeout_seconds=6 * 3600)
 def compact(stream: str = "main", dry_run: bool = False) -> CompactionSummary:
     """Build a stream's sums anew from the pairs of its live edits; its own commit and version.
 
     Args:
+        stream: whose sums.
         dry_run: sum, solve and compare, and commit nothing.
 
     Returns:
@@ -68,7 +70,9 @@ def rebase(stream: str, base: str, profile: str, drop_answered: bool = False, dr
     """Carry a stream's live edits to another base or profile. The champion serves, and batches go on, until it is done.
 
     Args:
-        base, profile: digests of what the root holds (`tasks.onboarding.place_target`).
+        stream: whose live edits.
+        base: digest of a base that the root holds (`tasks.onboarding.place_target`).
+        profile: digest of one of its profiles.
         drop_answered: take back edits whose answer the base gives without them.
         dry_run: prepare, evaluate and judge, and commit nothing; a later run uses the pairs.
 

@@ -6,7 +6,7 @@ from errata.watching import WatchReport
 from tasks.watching import announce_failure, measure_champion, raise_alarms, show_watch
 
 
-@flow(name="watch-model")
+@flow(name="watch-model", timeout_seconds=3 * 3600)
 def watch_model(stream: str = "main") -> WatchReport:
     """Measure the champion, show it, and emit events for what exceeds `[watch]`.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.tiny_base import LENIENT, start_root
@@ -104,6 +105,63 @@ class Ran:
         return json.loads(self.out)
 
 
+@dataclass(frozen=True)
+class LiveUp:
+    """An `errata up` of a desk, in a process of its own."""
+
+    desk: Desk
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_for(self, what: str, look: Callable[[], Any], patience: float = 300.0) -> Any:
+        """What `look` finds, once it finds something."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            if found := look():
+                return found
+            assert self.process.poll() is None, f"errata up ended by itself:\n{self.log.read_text()}"
+            time.sleep(0.3)
+        raise AssertionError(f"waited for {what} in vain:\n{self.log.read_text()}")
+
+    def read_state(self, wanted: str) -> Any:
+        """Where everything is, if it has come so far."""
+        states = [json.loads(path.read_text()) for path in (self.desk.cache / "up").glob("*/state.json")]
+        return next((state for state in states if state["state"] == wanted and state["pid"] == self.process.pid), None)
+
+    def wait_until_ready(self) -> Any:
+        return self.wait_for("errata up", lambda: self.read_state("ready"))
+
+    def wait_for_champion(self) -> Any:
+        """The version in MLflow, through its server."""
+        from mlflow import MlflowClient
+
+        url = self.read_state("ready")["mlflow"]
+        client = MlflowClient(url, registry_uri=url)
+
+        def find() -> Any:
+            found = client.search_registered_models(filter_string="name = 'main'")
+            return found and found[0].aliases.get("champion")
+
+        return client.get_model_version("main", self.wait_for("the champion", find))
+
+    def ask_prefect(self, path: str, body: Any) -> Any:
+        url = f"{self.read_state('ready')['prefect']}/api/{path}"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def find_processes(self) -> list[psutil.Process]:
+        """Every process that any `errata up` of this desk has started, directly or not."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("_ERRATA_UP", "").startswith(str(self.desk.cache)):
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+
 def write_lines(*rows: Edit | dict[str, Any] | str) -> bytes:
     def write(row: Edit | dict[str, Any] | str) -> str:
         if isinstance(row, Edit):
@@ -117,7 +175,12 @@ def write_lines(*rows: Edit | dict[str, Any] | str) -> bytes:
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a throw-away Prefect server, which this process's flows use. `prefect_test_harness` would start one without schedulers."""
     from prefect.logging.handlers import APILogHandler
-    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_LOGGING_LEVEL,
+        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW,
+        temporary_settings,
+    )
 
     home = tmp_path_factory.mktemp("prefect")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -130,7 +193,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server = subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=subprocess.STDOUT)
     try:
         _wait_until_healthy(server, url, home / "server.log")
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_LOGGING_LEVEL: "WARNING"}):
+        quiet = {PREFECT_LOGGING_LEVEL: "WARNING", PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"}
+        with temporary_settings({PREFECT_API_URL: url, **quiet}):
             yield url
             APILogHandler().flush()  # what is left goes to a server that is gone, with patience, when the interpreter ends
     finally:
@@ -184,6 +248,32 @@ def desk(empty_root: Path, gate: dict[str, str], tmp_path: Path, monkeypatch: py
     yield Desk(root, cache)
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # takes the variable back that it has set, too
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def launch(desk: Desk, tmp_path: Path) -> Iterator[Callable[..., LiveUp]]:
+    """Start `errata up` as a person at the desk does, with a fast schedule unless other words are given."""
+    root = Path(__file__).parents[2]
+    started: list[LiveUp] = []
+
+    def launch(*words: str, **variables: str) -> LiveUp:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        # A server that is meant for other work must not be touched.
+        path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+        ours = {"PYTHONPATH": path, "PREFECT_API_URL": "http://127.0.0.1:9/api", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+        command = [sys.executable, "-c", "from flows.console import main; main()", *(words or ("up", "--every", "10"))]
+        log = tmp_path / f"up-{len(started)}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, cwd=tmp_path, env={**inherited, **ours, **variables}, stdout=file, stderr=file)
+        started.append(LiveUp(desk, process, log))
+        return started[-1]
+
+    yield launch
+    for up in started:
+        up.process.kill()
+        up.process.wait()
+        for process in up.find_processes():
+            process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from errata.errors import SettingsError
-from errata.settings import SETTINGS_FILE, load_settings
+from errata.settings import SETTINGS_FILE, load_settings, spell_environment
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +80,17 @@ def test_variable_faults_name_the_variable(monkeypatch: pytest.MonkeyPatch, vari
 def test_variables_of_the_tests_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ERRATA_TEST_SHARED", "/somewhere")
     assert load_settings().root == ".errata"
+
+
+def test_another_process_elsewhere_gets_the_same_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (folder / SETTINGS_FILE).write_text('root = "here"\ncache = "beside"\nthreads = 3\n[gate]\nmin_efficacy = 0.25\n')
+    settings = load_settings()
+    spelled = spell_environment(settings)
+    assert "ERRATA_MLFLOW__TRACKING_URI" not in spelled
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for name, value in spelled.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == settings.model_copy(update={"root": str(folder / "here"), "cache": folder / "beside"})
+    assert spell_environment(settings.model_copy(update={"root": "s3://bucket/prefix"}))["ERRATA_ROOT"] == "s3://bucket/prefix"

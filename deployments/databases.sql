@@ -1,0 +1,3 @@
+-- Run by PostgreSQL's image once, when its volume is empty.
+CREATE DATABASE prefect;
+CREATE DATABASE mlflow;

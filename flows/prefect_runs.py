@@ -1,0 +1,97 @@
+"""What the Prefect server of `errata up` has been doing, over HTTP: without Prefect's client, which takes seconds to import."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from flows.children import open_local
+
+_PATIENCE = 10.0
+"""Seconds for an answer."""
+_WARNING = 30
+_SHOWN = ("RUNNING", "COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+def call_server(api: str, method: str, path: str, body: Any = None) -> Any:
+    """One request, and its answer's JSON.
+
+    Raises:
+        OSError: no answer, or a refusal.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{api}/{path}", data, {"Content-Type": "application/json"}, method=method)
+    answer = open_local(request, _PATIENCE)
+    return json.loads(answer) if answer else None
+
+
+def settle_past(api: str) -> int:
+    """Close what an `up` that was killed has left open, before a worker comes: it would hold the limit of its stream for good.
+
+    Scheduled runs whose time went by while nothing ran are removed: the next one applies all that waits.
+
+    Returns:
+        How many runs were closed.
+    """
+    left = _find_runs(api, "RUNNING", "PENDING", "CANCELLING")
+    for run in left:
+        state = {"type": "CRASHED", "message": "errata up was ended while it ran"}
+        call_server(api, "POST", f"flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+    now = datetime.now(UTC).isoformat()
+    while missed := [run for run in _find_runs(api, "SCHEDULED", expected_start_time={"before_": now}) if run["auto_scheduled"]]:
+        for run in missed:
+            call_server(api, "DELETE", f"flow_runs/{run['id']}")
+    for limit in call_server(api, "POST", "v2/concurrency_limits/filter", {}):
+        call_server(api, "PATCH", f"v2/concurrency_limits/{limit['id']}", {"active_slots": 0})
+    return len(left)
+
+
+def read_news(api: str, seen: dict[str, str], since: str) -> Iterator[tuple[str, str]]:
+    """Time and text of what has happened: changes of runs, and warnings that they logged.
+
+    Args:
+        seen: state of each run and whatever else was told; kept up to date.
+        since: ISO time; nothing older is told.
+    """
+    flows = {flow["id"]: flow["name"] for flow in call_server(api, "POST", "flows/filter", {})}
+    names = {}
+    for run in reversed(_find_runs(api, *_SHOWN, order="START_TIME_DESC", start_time={"after_": since})):
+        names[run["id"]] = name = name_run(flows.get(run["flow_id"], "?"), run)
+        if seen.get(run["id"]) == run["state_name"]:
+            continue
+        seen[run["id"]] = run["state_name"]
+        how = f" after {run['total_run_time']:.1f} s" if run["end_time"] else ""
+        why = f": {run['state']['message']}" if run["state_type"] in ("FAILED", "CRASHED") and run["state"]["message"] else ""
+        yield run["end_time"] or run["start_time"], f"{name}  {run['state_name'].lower()}{how}{why}"
+    wanted = {"level": {"ge_": _WARNING}, "timestamp": {"after_": since}}
+    for row in call_server(api, "POST", "logs/filter", {"logs": wanted, "sort": "TIMESTAMP_DESC", "limit": 50})[::-1]:
+        if row["id"] not in seen:
+            seen[row["id"]] = "told"
+            yield row["timestamp"], f"{names.get(row['flow_run_id'], 'a run')}  {row['message'].splitlines()[0][:300]}"
+
+
+def find_next(api: str) -> str | None:
+    """The next scheduled run in words."""
+    runs = _find_runs(api, "SCHEDULED", order="EXPECTED_START_TIME_ASC", limit=1)
+    if not runs:
+        return None
+    flow = call_server(api, "GET", f"flows/{runs[0]['flow_id']}")["name"]
+    return f"{name_run(flow, runs[0])} at {show_time(runs[0]['expected_start_time'])}"
+
+
+def name_run(flow: str, run: dict[str, Any]) -> str:
+    """Its flow and its stream."""
+    parameters = run["parameters"]
+    return f"{flow}/{parameters.get('stream') or parameters.get('into') or '?'}"
+
+
+def show_time(moment: str) -> str:
+    """An ISO time as the time of day here."""
+    return f"{datetime.fromisoformat(moment).astimezone():%H:%M:%S}"
+
+
+def _find_runs(api: str, *states: str, order: str = "ID_DESC", limit: int = 100, **filters: Any) -> list[dict[str, Any]]:
+    wanted = {"state": {"type": {"any_": list(states)}}, **filters}
+    found: list[dict[str, Any]] = call_server(api, "POST", "flow_runs/filter", {"flow_runs": wanted, "sort": order, "limit": limit})
+    return found
