@@ -33,6 +33,7 @@ class Live:
     """One that is ready."""
 
     process: subprocess.Popen[bytes]
+    log: Path
     state: dict[str, Any]
     stream: Stream
     mlflow: MlflowClient
@@ -52,7 +53,7 @@ class Live:
         end = time.monotonic() + patience
         while not look():
             if time.monotonic() > end or self.process.poll() is not None:
-                raise RuntimeError(f"waited in vain; see {self.state['logs']}")
+                raise RuntimeError(f"waited in vain:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.05)
 
     def read_runs(self, *states: str) -> list[dict[str, Any]]:
@@ -89,7 +90,7 @@ def run_live(home: Path, *words: str) -> Iterator[Live]:
                 state = json.loads(path.read_text())
         stream = open_stream(settings.root, STREAM, home / "watch")
         client = MlflowClient(state["mlflow"], registry_uri=state["mlflow"])
-        yield Live(process, state, stream, client, time.monotonic() - begun)
+        yield Live(process, home / "up.log", state, stream, client, time.monotonic() - begun)
     finally:
         process.terminate()
         process.wait(60)

@@ -40,7 +40,7 @@ out = Console(width=110)
 def run(
     batches: Annotated[int, typer.Option(min=_COLD + 1, help="Batches of (a).")] = 8,
     drops: Annotated[int, typer.Option(min=1, help="Files of (b).")] = 5,
-    every: Annotated[int, typer.Option(min=5, help="Seconds between scheduled runs in (b).")] = 15,
+    every: Annotated[int, typer.Option(min=5, help="Seconds between scheduled runs in (b).")] = 40,
     size: Annotated[int, typer.Option(min=1, help="Edits per batch.")] = 10,
 ) -> None:
     out.print(f"[dim]{CAVEAT}[/]")

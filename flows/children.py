@@ -78,7 +78,7 @@ def end_family(home: Path, last: Iterable[int], hurry: Callable[[], bool]) -> No
 
 
 def end_session(home: Path, leader: int) -> None:
-    """End what a child that is gone has left of its own session, such as the one that has its port; flow runs have their own."""
+    """End what a child that is gone has left of its session, such as who has its port. Flow runs have sessions of their own."""
     left = []
     for process in find_family(home):
         with suppress(ProcessLookupError):

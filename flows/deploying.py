@@ -48,6 +48,9 @@ def deploy_streams(streams: Sequence[str], pool: str, *, every: int | None = Non
         made = _deploy(whole, checkout, pool)
         for stream in streams:
             _share_limit(client, stream, [name for name, tags in made.items() if {stream, WRITER} <= set(tags)])
+        for entry in whole["deployments"]:
+            if not entry.get("schedules"):
+                _drop_schedules(client, f"{name_flow(entry)}/{entry['name']}")
     return sorted(made)
 
 
@@ -90,6 +93,13 @@ def _deploy(whole: dict[str, Any], checkout: Path, pool: str) -> dict[str, list[
         printed = (run.stdout + run.stderr).strip()[-2_000:]
         raise ErrataError(f"deploy: expected Prefect to register {', '.join(missing)}, found it did not:\n{printed}")
     return wanted
+
+
+def _drop_schedules(client: SyncPrefectClient, name: str) -> None:
+    """`prefect deploy` leaves schedules of an earlier deployment where the file has none any more."""
+    found = client.read_deployment_by_name(name)
+    for schedule in found.schedules:
+        client.delete_deployment_schedule(found.id, schedule.id)
 
 
 def _share_limit(client: SyncPrefectClient, stream: str, writers: Sequence[str]) -> None:

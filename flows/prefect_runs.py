@@ -1,15 +1,21 @@
 """What the Prefect server of `errata up` has been doing, over HTTP: without Prefect's client, which takes seconds to import."""
 
 import json
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any
 
+from errata.errors import ErrataError
 from flows.children import open_local
 
 _PATIENCE = 10.0
 """Seconds for an answer."""
+_PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between tries while the server is busy."""
 _WARNING = 30
 _SHOWN = ("RUNNING", "COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -22,7 +28,16 @@ def call_server(api: str, method: str, path: str, body: Any = None) -> Any:
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{api}/{path}", data, {"Content-Type": "application/json"}, method=method)
-    answer = open_local(request, _PATIENCE)
+    for pause in (*_PAUSES, None):
+        try:
+            answer = open_local(request, _PATIENCE)
+            break
+        except urllib.error.HTTPError as error:
+            if error.code == HTTPStatus.NOT_FOUND and method == "DELETE":
+                return None
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or pause is None:
+                raise
+            time.sleep(pause)  # its database is locked: its own services write much when it has just started
     return json.loads(answer) if answer else None
 
 
@@ -33,7 +48,17 @@ def settle_past(api: str) -> int:
 
     Returns:
         How many runs were closed.
+
+    Raises:
+        ErrataError: the server refuses.
     """
+    try:
+        return _settle(api)
+    except OSError as error:
+        raise ErrataError(f"Prefect at {api}: expected runs that were left open to be closed, found a fault ({error})") from error
+
+
+def _settle(api: str) -> int:
     left = _find_runs(api, "RUNNING", "PENDING", "CANCELLING")
     for run in left:
         state = {"type": "CRASHED", "message": "errata up was ended while it ran"}

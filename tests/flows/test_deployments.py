@@ -158,6 +158,20 @@ def test_another_schedule_or_none() -> None:
     assert {entry["name"] for entry in never} == {"a", "b"}
 
 
+def test_a_schedule_that_is_not_in_the_file_any_more_is_gone(
+    prefect_server: str, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    assert "apply-edits/gone" in deploy_streams(["gone"], POOL, every=3_600)
+    deploy_streams(["gone"], POOL, schedules=False)
+    made = [deployment for deployment in client.read_deployments() if deployment.name == "gone"]
+    assert len(made) == len(read_file()) and not any(deployment.schedules for deployment in made)
+    wanted = DeploymentFilter.model_validate({"id": {"any_": [deployment.id for deployment in made]}})
+    assert client.read_flow_runs(deployment_filter=wanted) == []
+    for deployment in made:
+        client.delete_deployment(deployment.id)
+
+
 def test_an_entry_that_prefect_refuses_is_an_error(prefect_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import flows.deploying
 
