@@ -33,7 +33,7 @@ _FAULTS = ("run killed", "none", "malformed lines", "mlflow killed", "none", "wo
 _PARTS = {"prefect server": "prefect", "mlflow": "mlflow", "worker start": "worker"}
 """A part of the command line → whose memory it is."""
 _YOUNG = 65.0
-"""Seconds that a process must have lived before it is killed: `errata up` gives up on one that ends sooner."""
+"""Seconds that a process must have lived before it is killed: `errata up` gives up on one that it started again sooner ago."""
 
 out = Console(width=110)
 

@@ -39,7 +39,7 @@ _RUNS = 2
 _LOOK = 2.0
 """Seconds between two looks at what happens."""
 _YOUNG = 60.0
-"""Seconds. A process that ends sooner than this after its start is not started again."""
+"""Seconds. A process that ends sooner than this after it was started again is given up."""
 _OURS = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_PROFILE")
 """Variables that mean another server than the one we start."""
 
@@ -230,7 +230,7 @@ def _watch(
     api, seen = f"{places['prefect']}/api", dict[str, str]()
     streams = [open_stream(settings.root, name, settings.cache) for name in places["streams"]]
     told = {stream.name: stream.head.seq for stream in streams}
-    born = dict.fromkeys(children, time.monotonic())
+    again = dict[str, float]()
     lines: list[str] = []
 
     def tell(moment: str, text: str) -> None:
@@ -242,7 +242,7 @@ def _watch(
     tell(datetime.now(UTC).isoformat(), f"ready: {', '.join(places['streams'])} served")
     with Live(console=out, auto_refresh=False) if out.is_terminal else nullcontext() as live:
         while True:
-            for name in _mend(commands, children, born, environment, home):
+            for name in _mend(commands, children, again, environment, home):
                 tell(datetime.now(UTC).isoformat(), f"{name} had ended and was started again; {home / name}.log says why")
             rows, following = describe_streams(streams), None
             for stream in streams:
@@ -261,15 +261,17 @@ def _watch(
                 time.sleep(0.1)
 
 
-def _mend(commands: Commands, children: dict[str, Child], born: dict[str, float], environment: dict[str, str], home: Path) -> Iterator[str]:
+def _mend(
+    commands: Commands, children: dict[str, Child], again: dict[str, float], environment: dict[str, str], home: Path
+) -> Iterator[str]:
     """Start what has ended once more; its name."""
     for name, (command, folder) in commands.items():
         if children[name].poll() is None:
             continue
-        if time.monotonic() - born[name] < _YOUNG:
+        if name in again and time.monotonic() - again[name] < _YOUNG:
             raise ErrataError(f"up: expected {name} to run, found it ended with {children[name].returncode}:\n{read_tail(home, name)}")
         end_session(home, children[name].pid)
-        children[name], born[name] = start_child(name, command, home, environment, folder), time.monotonic()
+        children[name], again[name] = start_child(name, command, home, environment, folder), time.monotonic()
         yield name
 
 
