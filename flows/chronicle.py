@@ -13,6 +13,7 @@ from errata.redaction import redact
 from errata.settings import Settings
 from flows.lookup import describe_status
 from registry.events import AcceptedCommit, Commit
+from registry.marks import read_watches
 from registry.stream import Stream
 
 Facts = dict[str, Any]
@@ -42,7 +43,7 @@ def describe_stream(settings: Settings, stream: Stream) -> Facts:
         "points": points,
         "commits": head + 1,
         "norms": measured[-1] if measured else None,
-        "ages": list_ages(points),
+        "ages": list_ages(stream, points),
         "forgotten": describe_forgotten(stream, points),
         "batch": describe_batch(stream, commits),
         "mlflow": describe_versions(settings, stream),
@@ -83,13 +84,21 @@ def read_report(stream: Stream, commit: Commit) -> Facts:
     return found
 
 
-def list_ages(points: Sequence[Facts]) -> list[Facts]:
+def list_ages(stream: Stream, points: Sequence[Facts]) -> list[Facts]:
     """Columns of the retention map, oldest first: a `name`, and `ages`, each with its label (commits since acceptance), `value` and number
     of `edits`.
 
-    The report of a commit tells two ages apart: its own edits, and a sample of all that were live before. Whatever measures more of them
-    adds columns of the same form.
+    The watch measures every age. Where it has not run, the report of a commit tells two apart: its own edits, and a sample of all that were
+    live before.
     """
+    watched: dict[int, Facts] = {}
+    for data in read_watches(stream, COMMITS):
+        report = json.loads(data)
+        ages = [{"age": item["age"], **item["retained"]} for item in report["ages"] if item["retained"].get("value") is not None]
+        if ages:
+            watched[report["commit"]] = {"name": str(report["commit"]), "ages": ages}  # of several of one commit the latest
+    if watched:
+        return [watched[commit] for commit in sorted(watched)]
     columns = []
     for point in points:
         measured = (("0", point["fresh"]), ("1-on", point["retained"]))

@@ -1,4 +1,5 @@
-"""`errata up`: a Prefect server, an MLflow server and a worker on this machine, with the schedules of `prefect.yaml`, until Ctrl-C.
+"""`errata up`: a Prefect server, an MLflow server, metrics for Prometheus and a worker on this machine, with the schedules of
+`prefect.yaml`, until Ctrl-C.
 
 One at a time for each root: who holds the lock file in its home (`<cache>/up/<root>/`) is up, and says in `state.json` where everything
 is. Everything binds to the loopback interface.
@@ -33,7 +34,7 @@ from registry.storage.base import open_storage
 from registry.stream import list_streams, open_stream
 
 POOL = "errata"
-USUAL_PREFECT, USUAL_MLFLOW = 4200, 5000
+USUAL_PREFECT, USUAL_MLFLOW, USUAL_METRICS = 4200, 5000, 9464
 _RUNS = 2
 """At once: a long check does not keep a batch waiting. Writers of one stream wait for each other all the same."""
 _LOOK = 2.0
@@ -42,6 +43,8 @@ _YOUNG = 60.0
 """Seconds. A process that ends sooner than this after it was started again is given up."""
 _OURS = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_PROFILE")
 """Variables that mean another server than the one we start."""
+
+_ERRATA = [sys.executable, "-c", "from flows.console import main; main()"]
 
 Commands = dict[str, tuple[list[str], Path]]
 """Name → command and folder of a process that has to run."""
@@ -76,6 +79,9 @@ def run_up(
             mlflow = take_port(port_mlflow, USUAL_MLFLOW)
             places["mlflow"] = f"http://{HOST}:{mlflow}"
             commands["mlflow"] = _spell_mlflow(mlflow, home)
+        metrics = take_port(None, USUAL_METRICS)
+        places["metrics"] = f"http://{HOST}:{metrics}/metrics"
+        commands["metrics"] = [*_ERRATA, "metrics", "--serve", f"{HOST}:{metrics}"], checkout
         environment = _spell_environment(settings, places, home) | _spell_store(tracking, artifacts)
         children: dict[str, Child] = {}
         try:
@@ -197,7 +203,7 @@ def _start_servers(
 ) -> None:
     for name, (command, folder) in commands.items():
         children[name] = start_child(name, command, home, environment, folder)
-    health = {"prefect": f"{places['prefect']}/api/health", "mlflow": f"{places['mlflow']}/health"}
+    health = {"prefect": f"{places['prefect']}/api/health", "mlflow": f"{places['mlflow']}/health", "metrics": places["metrics"]}
     for name in commands:
         wait_until_healthy(health[name], name, children[name], home, lambda: _check(pressed))
 
@@ -205,7 +211,7 @@ def _start_servers(
 def _register(
     every: int | None, schedules: bool, environment: dict[str, str], home: Path, checkout: Path, pressed: Callable[..., bool]
 ) -> None:
-    command = [sys.executable, "-c", "from flows.console import main; main()", "deploy", "--pool", POOL]
+    command = [*_ERRATA, "deploy", "--pool", POOL]
     command += [] if every is None else ["--every", str(every)]
     command += [] if schedules else ["--no-schedules"]
     child = start_child("deploy", command, home, environment, checkout)

@@ -21,7 +21,7 @@ LINES = 12
 
 def describe_places(places: dict[str, Any]) -> list[tuple[str, str]]:
     """Label and place, for people."""
-    shown = [("Prefect", "prefect"), ("MLflow", "mlflow"), ("root", "root"), ("logs", "logs")]
+    shown = [("Prefect", "prefect"), ("MLflow", "mlflow"), ("metrics", "metrics"), ("root", "root"), ("logs", "logs")]
     rows = [(label, places[key]) for label, key in shown if places.get(key)]
     return [*rows, ("streams", ", ".join(places["streams"])), ("process", str(places["pid"]))]
 

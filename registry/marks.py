@@ -62,12 +62,18 @@ def store_watch(stream: Stream, seq: int, moment: datetime, data: bytes) -> str:
 
 def read_watch(stream: Stream) -> bytes | None:
     """The newest report of the watch: of the newest commit, and of these the latest."""
+    return next(iter(read_watches(stream, 1)), None)
+
+
+def read_watches(stream: Stream, most: int) -> list[bytes]:
+    """The newest reports of the watch, oldest first."""
+    found: list[bytes] = []
     for key in reversed(_list_watches(stream)):
-        try:
-            return stream.storage.read(key)
-        except KeyMissingError:
-            continue  # a watch at work has just removed it
-    return None
+        with suppress(KeyMissingError):  # a watch at work has just removed it
+            found.append(stream.storage.read(key))
+        if len(found) == most:
+            break
+    return found[::-1]
 
 
 def _list_watches(stream: Stream) -> list[str]:

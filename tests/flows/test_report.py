@@ -1,10 +1,12 @@
 """`errata report`: the page says what the log says, needs nothing else, and says it as text whatever edits say."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -13,6 +15,7 @@ import html5lib
 import pytest
 
 from errata.edits import Edit
+from registry.marks import store_watch
 
 Make = Callable[..., Edit]
 Run = Callable[..., Any]
@@ -126,7 +129,7 @@ def test_the_page_goes_into_the_newest_commits_only(used_desk: Any, errata: Run,
     monkeypatch.setattr(chronicle, "ROWS", 2)
     assert errata("report", "--to", "page.html").code == 0
     page = parse(tmp_path / "page.html")
-    assert seen == {0, 2}, "the first one names the base"
+    assert seen == {2}
     assert "newest 1 of 3 commits" in read_text(page)
     assert len(read_rows(page, "commits")) == 1 and len(read_rows(page, "batch")) == 2
     assert "5 edits, the first 2 of them here" in read_text(page)
@@ -203,3 +206,13 @@ def test_a_browser_shows_the_page(page: Element, tmp_path: Path, width: int, sch
     assert ran.returncode == 0, ran.stderr
     title = re.search(r"<title>(.*?)</title>", ran.stdout)
     assert title is not None and title[1] == f"true {paper}"
+
+
+def test_the_map_shows_every_age_that_the_watch_has_measured(used_desk: Any, errata: Callable[..., Any], tmp_path: Path) -> None:
+    stream = used_desk.open()
+    for seq, value in ((1, 1.0), (2, 0.9), (2, 0.5)):
+        ages = [{"age": "0", "retained": {"value": 1.0, "edits": 2}}, {"age": "10-99", "retained": {"value": value, "edits": 4}}]
+        store_watch(stream, seq, datetime.now(UTC), json.dumps({"commit": seq, "ages": ages}).encode())
+    assert errata("report", "--to", "page.html").code == 0
+    rows = {row[0]: row[1:] for row in read_rows(parse(tmp_path / "page.html"), "retention")}
+    assert rows == {"0": ["1.00", "1.00"], "10-99": ["0.50", "1.00"]}, "the latest of each commit, newest first"
