@@ -2,8 +2,8 @@
 
     python -m benchmarks.soak [--batches 200] [--every 10] [--size 5]
 
-`errata up --every` on the built-in base. A file is dropped, the schedule applies it, the next one is dropped. In turn: a run is killed in
-the middle (kill -9), a file holds malformed lines, MLflow's server is killed, the worker is killed, and twice nothing. Afterwards every
+`errata up --every` on the built-in base. A file is dropped, a scheduled run applies it and ends, the next is dropped. In turn: a run is
+killed in the middle (kill -9), a file holds malformed lines, MLflow's server is killed, the worker is killed, and twice nothing. Afterwards every
 edit has to be live exactly once, a replay of the log has to be sound, and MLflow's champion has to be the head.
 """
 
@@ -51,6 +51,7 @@ def run(
         faults: Counter[str] = Counter()
         for index in range(batches):
             fault = _FAULTS[index % len(_FAULTS)]
+            live.wait_for(lambda: not live.read_runs("PENDING", "RUNNING"))  # a run takes whatever comes while it is at it
             done = _drop(live, edits[index * size : (index + 1) * size], fault)
             faults[fault if done else f"{fault}: not possible, too young"] += 1
             begun = time.monotonic()

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -116,7 +116,7 @@ def take_port(wanted: int | None, usual: int) -> int:
 
 
 def wait_until_healthy(url: str, name: str, child: Child, home: Path, check: Callable[[], None]) -> None:
-    """Wait for a server to answer; `check` raises where somebody does not want to wait any longer.
+    """Wait for a server to answer: ours, not another one that took its port. `check` raises where nobody wants to wait any longer.
 
     Raises:
         ErrataError: it ended, or does not answer in time.
@@ -126,10 +126,19 @@ def wait_until_healthy(url: str, name: str, child: Child, home: Path, check: Cal
         check()
         with suppress(OSError):
             open_local(url, timeout=5)
-            return
+            if _listens(home, urllib.parse.urlsplit(url).port):
+                return
         time.sleep(0.2)
     found = "no answer" if child.poll() is None else f"exit code {child.returncode}"
     raise ErrataError(f"up: expected {name} at {url}, found {found}:\n{read_tail(home, name)}")
+
+
+def _listens(home: Path, port: int | None) -> bool:
+    for process in find_family(home):
+        with suppress(psutil.Error):
+            if any(link.status == psutil.CONN_LISTEN and link.laddr.port == port for link in process.net_connections("tcp")):
+                return True
+    return False
 
 
 def open_local(request: str | urllib.request.Request, timeout: float) -> bytes:

@@ -162,6 +162,11 @@ class LiveUp:
         return found
 
 
+def _find_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 def write_lines(*rows: Edit | dict[str, Any] | str) -> bytes:
     def write(row: Edit | dict[str, Any] | str) -> str:
         if isinstance(row, Edit):
@@ -183,8 +188,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
 
     home = tmp_path_factory.mktemp("prefect")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = _find_port()
     url = f"http://127.0.0.1:{port}/api"
     variables = {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "NO_PROXY": "127.0.0.1"}
     variables |= {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2", "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
@@ -261,7 +265,8 @@ def launch(desk: Desk, tmp_path: Path) -> Iterator[Callable[..., LiveUp]]:
         # A server that is meant for other work must not be touched.
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         ours = {"PYTHONPATH": path, "PREFECT_API_URL": "http://127.0.0.1:9/api", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-        command = [sys.executable, "-c", "from flows.console import main; main()", *(words or ("up", "--every", "10"))]
+        ports = [f"--port-{name}={_find_port()}" for name in ("prefect", "mlflow")]  # the usual ones are for one test at a time
+        command = [sys.executable, "-c", "from flows.console import main; main()", *(words or ("up", "--every", "10", *ports))]
         log = tmp_path / f"up-{len(started)}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(command, cwd=tmp_path, env={**inherited, **ours, **variables}, stdout=file, stderr=file)

@@ -4,8 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,27 @@ def test_ports() -> None:
             take_port(port, 1)
         assert take_port(None, port) not in (port, 0)
     assert take_port(port, 1) == port
+
+
+def test_another_server_at_that_port_is_not_ours(home: Path) -> None:
+    server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    child = start(home, "import time; time.sleep(3); print('address already in use'); raise SystemExit(1)", "server")
+    try:
+        with pytest.raises(ErrataError, match="(?s)found exit code 1:.*already in use"):
+            wait_until_healthy(f"http://127.0.0.1:{server.server_port}/", "server", child, home, lambda: None)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_server_of_ours_is_found(home: Path) -> None:
+    port = take_port(None, 0)
+    serve = f"HTTPServer(('127.0.0.1', {port}), SimpleHTTPRequestHandler).serve_forever()"
+    child = start(home, f"from http.server import HTTPServer, SimpleHTTPRequestHandler; {serve}", "server")
+    wait_until_healthy(f"http://127.0.0.1:{port}/", "server", child, home, lambda: None)
 
 
 def test_a_server_that_ends_is_not_waited_for(home: Path) -> None:
