@@ -3,8 +3,8 @@
     python -m benchmarks.soak [--batches 200] [--every 10] [--size 5]
 
 `errata up --every` on the built-in base. A file is dropped, a scheduled run applies it and ends, the next is dropped. In turn: a run is
-killed in the middle (kill -9), a file holds malformed lines, MLflow's server is killed, the worker is killed, and twice nothing. Afterwards every
-edit has to be live exactly once, a replay of the log has to be sound, and MLflow's champion has to be the head.
+killed in the middle (kill -9), a file holds malformed lines, MLflow's server is killed, the worker is killed, and twice nothing.
+Afterwards every edit has to be live exactly once, a replay of the log has to be sound, and MLflow's champion has to be the head.
 """
 
 import tempfile
