@@ -10,6 +10,7 @@ file at a time, dropped at other moments of the interval each. `waited` is until
 flow (a new Python that imports torch, Prefect and MLflow), `run` the rest.
 """
 
+import logging
 import os
 import tempfile
 import time
@@ -20,7 +21,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from rich.console import Console
 from rich.table import Table
 
@@ -50,7 +51,8 @@ def run(
         _print_ways(live, [_drop(live, chunk, every * index / drops) for index, chunk in enumerate(chunks[:drops])], every, size)
     with tempfile.TemporaryDirectory() as home, run_live(Path(home), "--no-schedules") as live:
         os.environ["ERRATA_MLFLOW__TRACKING_URI"] = live.state["mlflow"]
-        with temporary_settings({PREFECT_API_URL: f"{live.state['prefect']}/api", PREFECT_LOGGING_LEVEL: "ERROR"}):
+        logging.disable(logging.INFO)
+        with temporary_settings({PREFECT_API_URL: f"{live.state['prefect']}/api"}):
             _print_overhead(_apply(live, chunks[:batches]), size)
 
 
