@@ -328,6 +328,7 @@ def errata(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         capsys.readouterr()
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "argv", ["errata", *words])
+            patch.setattr(commandline.out, "_width", 200)  # whoever imported it first may have had another terminal
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if typed is None else typed.encode())))
             for end in (sys.stdin, sys.stdout):
                 patch.setattr(end, "isatty", lambda: typed is not None)
@@ -344,7 +345,6 @@ def errata(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         "DO_NOT_TRACK": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(commandline.out, "width", 200)  # whoever imported it first may have had another terminal
     return run
 
 

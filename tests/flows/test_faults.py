@@ -24,6 +24,7 @@ from benchmarks.invariants import Account, check_stream
 from benchmarks.tiny_base import start_root
 from errata.edits import Edit, digest_of
 from registry.history import open_history
+from registry.inbox import drop_file
 from registry.keeping import open_archived, open_pins
 from registry.storage.base import Entry
 from registry.storage.local import LocalStorage
@@ -184,7 +185,7 @@ def test_a_store_that_fails_now_and_then_delays_a_batch_and_nothing_more(far: st
     batches = [[make_edit(0), make_edit(1)], [make_edit(0, answer=2), make_edit(2)]]
     moody.rate = 0.15
     for number, edits in enumerate(batches):
-        open_stream(far, "main").storage.create(f"streams/main/inbox/{number}.jsonl", write_file(edits))
+        drop_file(open_stream(far, "main"), f"{number}.jsonl", write_file(edits))
         assert [summary.decision for summary in desk.apply()] == ["accept"]
     collect_garbage("main")
     assert moody.faults > 20

@@ -16,7 +16,7 @@ from errata.edits import Edit
 Make = Callable[..., Edit]
 COMMAND = Path(sys.executable).with_name("errata")
 STAGES = ["order_batch", "prepare_pairs", "merge_pairs", "judge_candidate", "commit_batch", "project_versions", "refresh_sums"]
-LAST = ["order_batch", "project_versions"]
+LAST = ["order_batch", "project_versions", "note_success"]
 """What looks once more after the last batch."""
 UNREACHABLE = "http://ann:hunter2-hunter2@127.0.0.1:9"
 
