@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from errata.edits import Edit, Submission
 from errata.settings import load_settings
@@ -51,10 +52,13 @@ class Live:
 
     def wait_for(self, look: Callable[[], bool], patience: float = 600.0) -> None:
         end = time.monotonic() + patience
-        while not look():
+        while True:
+            with suppress(OSError, MlflowException):  # a server that is busy, or was killed
+                if look():
+                    return
             if time.monotonic() > end or self.process.poll() is not None:
                 raise RuntimeError(f"waited in vain:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def read_runs(self, *states: str) -> list[dict[str, Any]]:
         """Newest first, at most 200."""
