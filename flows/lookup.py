@@ -70,10 +70,11 @@ def describe_inbox(stream: Stream) -> list[Facts]:
     for file in read_waiting(stream):
         reasons = setbacks.get(file.digest, [])
         state = f"failed {len(reasons)} times" if reasons else "urgent" if file.urgent else "waits"
-        add(entries.pop(file.name), state, _count_left(file), reasons[-1] if reasons else "")
-    for name, entry in entries.items():
+        if (entry := entries.pop(file.name, None)) is not None:  # else it has come since the listing
+            add(entry, state, _count_left(file), reasons[-1] if reasons else "")
+    for name, left in entries.items():
         if name.endswith(PART):
-            add(entry, "being written", None, "")
+            add(left, "being written", None, "")
     for entry, report in list_aside(stream):
         add(entry, "set aside", None, (report.get("reasons") or [""])[-1])
     return rows

@@ -70,18 +70,27 @@ def drop_file(stream: Stream, name: str, data: bytes) -> str:
     """
     if not name.endswith(".jsonl"):
         raise InputError(f"inbox: expected a name that ends in .jsonl, found {name!r}")
-    ending = URGENT if name.endswith(URGENT) else ".jsonl"
+    return keep_file(stream, "inbox", name, data)
+
+
+def keep_file(stream: Stream, folder: str, name: str, data: bytes) -> str:
+    """Store a file in a folder of the stream; its name there, as for `drop_file`.
+
+    Raises:
+        InputError: there is no free name.
+    """
+    ending = next((ending for ending in (URGENT, ".jsonl") if name.endswith(ending)), "")
     stem = name.removesuffix(ending)
     for number in range(1, 10_000):
         chosen = name if number == 1 else f"{stem}-{number}{ending}"
-        key = stream.key(f"inbox/{chosen}")
+        key = stream.key(f"{folder}/{chosen}")
         try:
             stream.storage.create(key, data)
             return chosen
         except KeyExistsError:
             if digest_of(stream.storage.read(key)) == digest_of(data):
                 return chosen
-    raise InputError(f"inbox: expected a free name like {name!r}, found 10,000 of them taken")
+    raise InputError(f"{folder}: expected a free name like {name!r}, found 10,000 of them taken")
 
 
 def drop_lines(stream: Stream, lines: Sequence[bytes], *, urgent: bool = False) -> str:

@@ -1,7 +1,7 @@
 """Files of the inbox that a run failed over: tried alone, and set aside after a few times, so that the others go on.
 
 setbacks/<digest of the file>/<n>.json     why the n-th try failed
-aside/<name>                               the file, as it came
+aside/<name>                               the file, as it came; numbered where another one of its name is there
 aside/<name>.report.json                   why it is there
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from errata.edits import canonical_json
 from errata.errors import KeyExistsError, KeyMissingError
-from registry.inbox import InboxFile
+from registry.inbox import InboxFile, keep_file
 from registry.storage.base import Entry
 from registry.stream import Stream
 
@@ -57,9 +57,9 @@ def forget_setbacks(stream: Stream, files: Iterable[str]) -> None:
 def set_aside(stream: Stream, file: InboxFile, reasons: Iterable[str]) -> None:
     """Move a file out of the inbox, with a report. Lines of it that are in the log already stay there."""
     report = {"file": file.name, "digest": file.digest, "consumed": file.consumed, "reasons": list(reasons), "time": datetime.now(UTC)}
-    for name, data in ((file.name, file.data), (f"{file.name}{REPORT}", canonical_json(report))):
-        with suppress(KeyExistsError):
-            stream.storage.create(stream.key(f"aside/{name}"), data)
+    name = keep_file(stream, "aside", file.name, file.data)
+    with suppress(KeyExistsError):  # an earlier try was cut off
+        stream.storage.create(stream.key(f"aside/{name}{REPORT}"), canonical_json(report))
     forget_setbacks(stream, [file.digest])
     stream.storage.delete(stream.key(f"inbox/{file.name}"))
 

@@ -89,6 +89,21 @@ def test_a_file_that_every_run_fails_over_is_set_aside_and_the_others_go_on(
     assert not list(desk.open().storage.list("streams/main/setbacks/"))
 
 
+def test_two_files_of_one_name_are_both_kept_aside(desk: Any) -> None:
+    from registry.inbox import read_waiting
+    from registry.setbacks import list_aside, set_aside
+
+    stream = desk.open()
+    for data in (b"{}\n", b"[]\n"):
+        stream.storage.create(stream.key("inbox/bad.jsonl"), data)
+        for file in read_waiting(stream):
+            set_aside(stream, file, ["no"])
+    kept = {
+        entry.key.rpartition("/")[2]: stream.storage.read(entry.key) for entry, report in list_aside(stream) if report["reasons"] == ["no"]
+    }
+    assert kept == {"bad.jsonl": b"{}\n", "bad-2.jsonl": b"[]\n"} and desk.waiting() == []
+
+
 def test_a_batch_that_another_writer_has_written_meanwhile_is_ordered_again(
     desk: Any, make_edit: Make, monkeypatch: pytest.MonkeyPatch, errata: Callable[..., Any]
 ) -> None:
