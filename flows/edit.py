@@ -8,6 +8,7 @@ from prefect import flow
 from errata.errors import ConflictError, RegistryError, StorageError
 from errata.rounds import Prepared, Round
 from errata.summary import BatchSummary
+from tasks._conflicts import MAX_CONFLICTS
 from tasks._task import tell_run
 from tasks.announcing import announce_rejection, note_success
 from tasks.committing import commit_batch
@@ -16,9 +17,6 @@ from tasks.editing import merge_pairs, prepare_pairs
 from tasks.evaluating import judge_candidate
 from tasks.intake import is_overtaken, note_failure, order_batch
 from tasks.projecting import project_versions
-
-MAX_CONFLICTS = 5
-"""How often in a row a batch is started again because another writer committed first."""
 
 
 @flow(name="apply-edits", timeout_seconds=6 * 3600)

@@ -1,13 +1,9 @@
 """`erase_edits`: edits that are not live are erased from the store and from MLflow, and leave tombstones."""
 
-import logging
-
 from prefect import flow
 
-from errata.errors import ConflictError
 from errata.summary import ErasureSummary
-from flows.undo import MAX_CONFLICTS
-from tasks._task import tell_run
+from tasks._conflicts import repeat_on_conflict
 from tasks.erasing import erase, hide_erased
 from tasks.projecting import project_versions
 
@@ -21,14 +17,7 @@ def erase_edits(stream: str, edits: list[str], reason: str = "") -> ErasureSumma
         edits: ids, beginnings of ids, or occurrences `<id>@<seq>`; every occurrence of the id is erased. None may be live.
         reason: for the log, which keeps it: it must not quote what is erased.
     """
-    for conflicts in range(MAX_CONFLICTS + 1):
-        try:
-            summary = erase(stream, edits, reason)
-            break
-        except ConflictError as conflict:
-            if conflicts == MAX_CONFLICTS:
-                raise
-            tell_run(logging.WARNING, f"{conflict}; what has to go is worked out again")
+    summary = repeat_on_conflict(lambda: erase(stream, edits, reason), "what has to go is worked out again")
     project_versions(stream)
     hide_erased(stream)
     return summary

@@ -1,24 +1,19 @@
 """`rebuild`: the stored pairs of a stream become its weights once more; what is damaged is mended, or named. `compact`: the sums begin
 anew. `rebase`: the live edits become pairs of another base, or of another site."""
 
-import logging
 from collections.abc import Sequence
 
 from prefect import flow
 
-from errata.errors import ConflictError
 from errata.findings import RebuildReport
 from errata.rounds import Prepared, Round
 from errata.summary import CompactionSummary, RebaseSummary
-from tasks._task import tell_run
+from tasks._conflicts import repeat_on_conflict
 from tasks.compacting import compact_sums
 from tasks.keeping import restore_version
 from tasks.projecting import project_versions
 from tasks.rebasing import commit_rebase, judge_rebase, order_rebase, prepare_rebase, sum_pairs
 from tasks.replaying import replay_log
-
-MAX_CONFLICTS = 5
-"""How often in a row the work is started again because another writer committed first."""
 
 
 @flow(name="rebuild", timeout_seconds=24 * 3600)
@@ -52,14 +47,7 @@ def compact(stream: str = "main", dry_run: bool = False) -> CompactionSummary:
     Returns:
         What became of it. That the weights come out otherwise is a result; storage that fails is raised.
     """
-    for conflicts in range(MAX_CONFLICTS + 1):
-        try:
-            summary = compact_sums(stream, dry_run)
-            break
-        except ConflictError as conflict:
-            if conflicts == MAX_CONFLICTS:
-                raise
-            tell_run(logging.WARNING, f"{conflict}; the sums are built once more")
+    summary = repeat_on_conflict(lambda: compact_sums(stream, dry_run), "the sums are built once more")
     if not dry_run:
         project_versions(stream)
     return summary
@@ -79,19 +67,16 @@ def rebase(stream: str, base: str, profile: str, drop_answered: bool = False, dr
     Returns:
         What became of it. A refusal by the gate is a result; a fault is raised.
     """
-    for conflicts in range(MAX_CONFLICTS + 1):
+
+    def attempt() -> RebaseSummary:
         order = order_rebase(stream, base, profile, drop_answered)
         prepared = prepare_rebase(stream, order)
         rounds = [_try_edits(stream, order, prepared, prepared.ready, [])]
         while rounds[-1].again:
             rounds.append(_try_edits(stream, order, prepared, rounds[-1].again, rounds))
-        try:
-            summary = commit_rebase(stream, order, prepared, rounds, dry_run)
-            break
-        except ConflictError as conflict:
-            if conflicts == MAX_CONFLICTS:
-                raise
-            tell_run(logging.WARNING, f"{conflict}; what it brought is prepared, too, and everything summed and judged again")
+        return commit_rebase(stream, order, prepared, rounds, dry_run)
+
+    summary = repeat_on_conflict(attempt, "what it brought is prepared, too, and everything summed and judged again")
     if not dry_run:
         project_versions(stream)
     return summary

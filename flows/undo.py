@@ -1,17 +1,14 @@
 """`withdraw_edits` and `rollback`: facts are taken back, or the champion becomes an earlier state again. History is never rewritten."""
 
-import logging
+from collections.abc import Callable
 
 from prefect import flow
 
-from errata.errors import ConflictError, InputError
+from errata.errors import InputError
 from errata.summary import RollbackSummary, WithdrawalSummary
-from tasks._task import tell_run
+from tasks._conflicts import repeat_on_conflict
 from tasks.projecting import project_versions
 from tasks.undoing import commit_rollback, commit_withdrawal, draft_rollback, judge_withdrawal, order_withdrawal, subtract_pairs
-
-MAX_CONFLICTS = 5
-"""How often in a row the work is started again because another writer committed first."""
 
 
 @flow(name="withdraw-edits")
@@ -28,22 +25,13 @@ def withdraw_edits(stream: str, edits: list[str], reason: str = "", dry_run: boo
     Returns:
         What became of it. A refusal by the gate is a result; a fault is raised.
     """
-    for conflicts in range(MAX_CONFLICTS + 1):
-        try:
-            order = order_withdrawal(stream, edits, reason)
-        except InputError:
-            # Perhaps because it is done, by a run that died before its version was shown.
-            if not dry_run:
-                project_versions(stream)
-            raise
+
+    def attempt() -> WithdrawalSummary:
+        order = _order(lambda: order_withdrawal(stream, edits, reason), stream, dry_run)
         judged = judge_withdrawal(stream, order, subtract_pairs(stream, order), check)
-        try:
-            summary = commit_withdrawal(stream, order, judged, dry_run)
-            break
-        except ConflictError as conflict:
-            if conflicts == MAX_CONFLICTS:
-                raise
-            tell_run(logging.WARNING, f"{conflict}; the edits are subtracted and judged again")
+        return commit_withdrawal(stream, order, judged, dry_run)
+
+    summary = repeat_on_conflict(attempt, "the edits are subtracted and judged again")
     if not dry_run:
         project_versions(stream)
     return summary
@@ -59,21 +47,22 @@ def rollback(stream: str, target: str, reason: str = "", dry_run: bool = False) 
         reason: for the log.
         dry_run: say what would leave and come back, and commit nothing.
     """
-    for conflicts in range(MAX_CONFLICTS + 1):
-        try:
-            draft = draft_rollback(stream, target, reason)
-        except InputError:
-            # Perhaps because it is done, by a run that died before its version was shown.
-            if not dry_run:
-                project_versions(stream)
-            raise
-        try:
-            summary = commit_rollback(stream, draft, dry_run)
-            break
-        except ConflictError as conflict:
-            if conflicts == MAX_CONFLICTS:
-                raise
-            tell_run(logging.WARNING, f"{conflict}; what leaves and comes back is worked out again")
+
+    def attempt() -> RollbackSummary:
+        draft = _order(lambda: draft_rollback(stream, target, reason), stream, dry_run)
+        return commit_rollback(stream, draft, dry_run)
+
+    summary = repeat_on_conflict(attempt, "what leaves and comes back is worked out again")
     if not dry_run:
         project_versions(stream)
     return summary
+
+
+def _order(make: Callable[[], str], stream: str, dry_run: bool) -> str:
+    """What `make` orders. Where it refuses, that may be because it is done, by a run that died before its version was shown."""
+    try:
+        return make()
+    except InputError:
+        if not dry_run:
+            project_versions(stream)
+        raise

@@ -138,7 +138,7 @@ def draft_commit(
         "report": last.report if last else None,
         "files": tuple(_keep_waiting(order.files, waiting)),
         "decision": decisions[-1].verdict if decisions else "nothing to write",
-        "reasons": tuple(reason[:_MAX_REASON] for item in decisions for reason in item.reasons)[:_MAX_REASONS],
+        "reasons": shorten_reasons([reason for item in decisions for reason in item.reasons]),
         "seconds": seconds,
         **describe_writer(settings),
     }
@@ -149,6 +149,11 @@ def draft_commit(
             return EditsCommit(**fields), outcomes
         return MergeCommit(source=order.source.stream, source_seq=order.source.seq, **fields), outcomes
     return RejectionCommit(manifest=order.manifest, **fields), outcomes
+
+
+def shorten_reasons(reasons: Sequence[str]) -> tuple[str, ...]:
+    """As many of them, and as much of each, as a commit has room for."""
+    return tuple(reason[:_MAX_REASON] for reason in reasons)[:_MAX_REASONS]
 
 
 def _forget_deferred(outcome: Outcome, deferred: set[str]) -> Outcome:

@@ -26,6 +26,7 @@ from errata.settings import Settings
 from errata.summary import RebaseSummary
 from errata.world import FILLER
 from registry.events import Commit, Outcome, RebaseCommit, RejectionCommit
+from registry.fold import split_occurrence
 from registry.orders import Held, RebaseOrder
 from registry.prepared import forget_pairs, recall_pairs
 from registry.shared import get_profile
@@ -33,7 +34,7 @@ from registry.stream import Stream
 from tasks._progress import show_progress
 from tasks._session import Model, load_named, open_named
 from tasks._task import stage
-from tasks.committing import commit_once, describe_live, describe_writer
+from tasks.committing import commit_once, describe_live, describe_writer, shorten_reasons
 from tasks.editing import digest_preparation, prepare_regrouped
 from tasks.evaluating import read_retention
 
@@ -156,7 +157,7 @@ def commit_rebase(stream: str, order: str, prepared: Prepared, rounds: Sequence[
         "outcomes": opened.objects.put_rows(outcome.model_dump(mode="json", exclude_none=True) for outcome in outcomes),
         "report": last.report,
         "decision": decisions[-1].verdict,
-        "reasons": tuple(reason[:400] for reason in (() if accepted else (named,)) + decisions[-1].reasons)[:20],
+        "reasons": shorten_reasons((*(() if accepted else (named,)), *decisions[-1].reasons)),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         **describe_writer(settings),
     }
@@ -259,7 +260,7 @@ def _reuse_pairs(stream: Stream, work: _Work) -> dict[str, StoredPair]:
     if (head.base, own.prepare.digest) != (work.model.base.digest, work.model.profile.prepare.digest):
         return {}
     owners: dict[PairRef, list[Edit]] = {}
-    refs = {held.occurrence.rpartition("@")[0]: PairRef(pairs=held.pairs, row=held.row) for held in work.order.live}
+    refs = {split_occurrence(held.occurrence)[0]: PairRef(pairs=held.pairs, row=held.row) for held in work.order.live}
     for edit in sorted(work.edits, key=lambda edit: edit.edit_id):
         owners.setdefault(refs[edit.edit_id], []).append(edit)
     return {name_pair(edits): StoredPair(ref=ref, losses=(None,) * len(edits)) for ref, edits in owners.items()}
@@ -279,7 +280,7 @@ def _conclude(settings: Settings, work: RebaseOrder, last: Round, faults: Mappin
     outcomes = []
     for held in work.live:
         before = describe_live(PairRef(pairs=held.pairs, row=held.row))
-        edit_id = held.occurrence.rpartition("@")[0]
+        edit_id, _ = split_occurrence(held.occurrence)
         if held.occurrence in dropped:
             outcomes.append(Outcome(outcome="withdrawn", occurrence=held.occurrence, reason=reason, before=before))
         elif edit_id in last.placed:
