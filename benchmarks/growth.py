@@ -23,10 +23,10 @@ from rich.progress import track
 from rich.table import Table
 
 from errata.builtin import CAVEAT
-from errata.edits import Submission
+from errata.edits import Submission, spell_submission
 from errata.settings import load_settings
 from errata.world import make_world
-from flows.commandline import drop_lines, spell_submission
+from registry.inbox import drop_lines
 from registry.stream import open_stream
 from tasks.committing import commit_batch
 from tasks.editing import merge_pairs, prepare_pairs

@@ -14,12 +14,12 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from errata.edits import Edit, Submission
+from errata.edits import Edit, Submission, spell_submission
 from errata.settings import load_settings
 from flows.checkout import find_checkout
 from flows.children import end_family
-from flows.commandline import drop_lines, spell_submission
 from flows.prefect_runs import call_server
+from registry.inbox import drop_lines
 from registry.stream import Stream, open_stream
 from tasks.onboarding import BUILTIN_NAME, start_stream
 

@@ -23,10 +23,10 @@ from rich.table import Table
 
 from benchmarks.live import Live, run_live
 from errata.builtin import CAVEAT
-from errata.edits import Edit, Submission
+from errata.edits import Edit, Submission, spell_submission
 from errata.world import make_world
 from flows.children import find_family
-from flows.commandline import drop_lines, spell_submission
+from registry.inbox import drop_lines
 from tasks.replaying import replay_log
 
 _FAULTS = ("run killed", "none", "malformed lines", "mlflow killed", "none", "worker killed")

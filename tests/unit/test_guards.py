@@ -63,6 +63,12 @@ def test_tests_are_no_package() -> None:
     assert list((ROOT / "tests").rglob("__init__.py")) == []
 
 
+def test_every_benchmark_can_be_started() -> None:
+    """The tests run few of them; a name that moved would be found out when somebody wants figures."""
+    modules = [f"benchmarks.{path.stem}" for path in list_modules("benchmarks") if path.stem != "__init__"]
+    assert set(modules) <= import_alone(*modules)
+
+
 def import_alone(*modules: str) -> set[str]:
     """The modules that a fresh interpreter holds after importing these."""
     code = f"import {', '.join(modules)}, sys, json; print(json.dumps(sorted(sys.modules)))"
