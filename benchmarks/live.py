@@ -66,6 +66,11 @@ class Live:
         found: list[dict[str, Any]] = call_server(f"{self.state['prefect']}/api", "POST", "flow_runs/filter", body)
         return found
 
+    def count_runs(self, *states: str) -> dict[str, int]:
+        """Of each state, however many."""
+        bodies = {state: {"flow_runs": {"state": {"type": {"any_": [state]}}}} for state in states}
+        return {state: call_server(f"{self.state['prefect']}/api", "POST", "flow_runs/count", body) for state, body in bodies.items()}
+
 
 @contextmanager
 def run_live(home: Path, *words: str) -> Iterator[Live]:

@@ -1,6 +1,6 @@
 """Left alone for many batches, with faults: nothing lost, nothing twice, memory flat.
 
-    python -m benchmarks.soak [--batches 200] [--every 10] [--size 5]
+    python -m benchmarks.soak [--batches 200] [--every 10] [--size 4]
 
 `errata up --every` on the built-in base. A file is dropped, a scheduled run applies it and ends, the next is dropped. In turn: a run is
 killed in the middle (kill -9), a file holds malformed lines, MLflow's server is killed, the worker is killed, and twice nothing.
@@ -41,7 +41,7 @@ out = Console(width=110)
 def run(
     batches: Annotated[int, typer.Option(min=6, help="Files to drop.")] = 200,
     every: Annotated[int, typer.Option(min=5, help="Seconds between scheduled runs.")] = 10,
-    size: Annotated[int, typer.Option(min=1, help="Edits per file.")] = 5,
+    size: Annotated[int, typer.Option(min=1, help="Edits per file.")] = 4,
 ) -> None:
     out.print(f"[dim]{CAVEAT}[/]")
     edits = make_world().make_edits(batches * size, 0, "distinct")
@@ -61,7 +61,7 @@ def run(
             out.print(f"{index + 1:4} {fault:16} {seconds[fault][-1]:6.1f} s  {memory[-1]}", highlight=False)
         head = live.stream.refresh().champion
         live.wait_for(lambda: live.find_champion() == head)
-        _print(seconds, memory, faults, Counter(run["state_name"] for run in live.read_runs("COMPLETED", "FAILED", "CRASHED")))
+        _print(seconds, memory, faults, live.count_runs("COMPLETED", "FAILED", "CRASHED"))
         _check(live, edits)
 
 
@@ -108,8 +108,8 @@ def _measure(live: Live) -> dict[str, int]:
     return found
 
 
-def _print(seconds: dict[str, list[float]], memory: Sequence[dict[str, int]], faults: Counter[str], states: Counter[str]) -> None:
-    table = Table(title=f"{len(memory)} files; runs: {dict(states)}; {dict(faults)}")
+def _print(seconds: dict[str, list[float]], memory: Sequence[dict[str, int]], faults: Counter[str], states: dict[str, int]) -> None:
+    table = Table(title=f"{len(memory)} files; runs: {states}; {dict(faults)}")
     for name in ("fault", "files", "median s", "most s"):
         table.add_column(name, justify="left" if name == "fault" else "right")
     for fault, values in seconds.items():
