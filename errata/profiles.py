@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from errata.edits import canonical_json, digest_of
 
 
+Site = Literal["subject_last", "prompt_last"]
+
+
 class PrepareOptions(BaseModel):
     """How an edit becomes a pair (key, residual). Names and published values: MEMIT's hparams, algorithms.md §1.2."""
 
@@ -18,6 +21,8 @@ class PrepareOptions(BaseModel):
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     """Edited layers, ascending. Residuals are taken at the output of the last one."""
+    site: Site = "subject_last"
+    """Token of the prompt at which keys are read and δ is added: the last one of the subject, or of the whole prompt."""
     contexts: tuple[str, ...] = Field(default=("{}",), min_length=1)
     """Prefix templates, each with one `{}` for the prompt. The bare `{}` comes first. Frozen, so that keys can be reproduced."""
     steps: int = Field(default=25, ge=2)
@@ -33,6 +38,12 @@ class PrepareOptions(BaseModel):
     """Weight of KL(base ‖ now) on the token after the subject."""
     stop_loss: float = Field(default=0.05, ge=0)
     """An edit whose loss falls below this is finished."""
+
+    @model_serializer(mode="wrap")
+    def _omit_usual(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Options from before there was another site keep their digest."""
+        content: dict[str, Any] = spell(self)
+        return {name: value for name, value in content.items() if name != "site" or value != "subject_last"}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

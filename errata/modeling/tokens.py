@@ -51,7 +51,13 @@ def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def locate_subject(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> tuple[list[int], int]:
-    """Ids of `text` and the index of the token that holds the subject's last character.
+    """Ids of `text` and the index of the token that holds the subject's last character. Arguments and faults as `locate_span`."""
+    ids, _, last = locate_span(tokenizer, text, start, end)
+    return ids, last
+
+
+def locate_span(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> tuple[list[int], int, int]:
+    """Ids of `text` and the indices of the tokens that hold the subject's first and last characters.
 
     Args:
         text: a prompt with the subject written out.
@@ -64,11 +70,10 @@ def locate_subject(tokenizer: PreTrainedTokenizerBase, text: str, start: int, en
         raise TokenizationError(f"expected a fast tokenizer, which knows character offsets; found {type(tokenizer).__name__}")
     encoded: Any = tokenizer(text, return_offsets_mapping=True)
     ids: list[int] = encoded.input_ids
-    for index in range(len(ids) - 1, -1, -1):
-        first, last = encoded["offset_mapping"][index]
-        if first < end <= last and last > start:
-            return ids, index
-    raise TokenizationError(f"no token covers the end of the subject {text[start:end]!r} in {text[:80]!r}")
+    inside = [index for index, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and last > start and last > first]
+    if not inside or encoded["offset_mapping"][inside[-1]][1] < end:
+        raise TokenizationError(f"no token covers the end of the subject {text[start:end]!r} in {text[:80]!r}")
+    return ids, inside[0], inside[-1]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:

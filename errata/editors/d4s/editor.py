@@ -163,11 +163,12 @@ class D4S:
 
     def _build_rows(self, base: Base, edits: Sequence[Edit]) -> tuple[dict[str, EditRows], dict[str, str]]:
         """Edit id → its token rows, or why it has none."""
+        options = self._profile.prepare
         rows: dict[str, EditRows] = {}
         refused: dict[str, str] = {}
         for edit in edits:
             try:
-                rows[edit.edit_id] = build_rows(base.tokenizer, edit, self._profile.prepare.contexts, base.span)
+                rows[edit.edit_id] = build_rows(base.tokenizer, edit, options.contexts, base.span, options.site)
             except TokenizationError as error:
                 refused[edit.edit_id] = str(error)
         return rows, refused

@@ -1,0 +1,210 @@
+"""One measured try: edits written into the base at one place, with one set of options, over several λ."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from errata.editors.base import Pairs, Progress
+from errata.editors.d4s.editor import D4S
+from errata.editors.d4s.moments import Moments
+from errata.edits import Edit
+from errata.errors import EditorError
+from errata.evaluation.metrics import agreement, all_correct, harmonic_mean
+from errata.evaluation.scoring import Question, Scored, score_targets
+from errata.modeling.loading import Base
+from errata.modeling.patch import attach
+from errata.modeling.tokens import can_write
+from errata.monitors.norms import measure_norms
+from errata.profiles import PrepareOptions, Profile, SolveOptions, Spread
+
+_REACHED = 0.5
+"""Nats per token of a target up to which its z counts as found."""
+_LAMBDAS = (1e-3, 1e9)
+_HALVINGS = 60
+
+
+class Trial(BaseModel):
+    """What one set of options did to the same edits as all others of its search."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prepare: PrepareOptions
+    lam: float
+    spread: Spread
+    edits: int
+    """Written at once; those that no pair could be made of count as failed."""
+    fit: float
+    """Median ρ: the fraction of its residual that an edit realises."""
+    reached: float
+    """Share of edits whose z says the target."""
+    efficacy: float
+    generalization: float | None
+    """Over all paraphrases; None where the edits have none."""
+    specificity: float | None
+    """Agreement with the base over all neighbours; None where the edits have none."""
+    score: float
+    """Harmonic mean of those three that there are."""
+    norm_ratio: float
+    """mean |W| / mean |W0| of the layer that grew most."""
+    seconds: float
+    """Of writing and measuring; what several λ share is counted with the first of them."""
+
+    @property
+    def solve(self) -> dict[str, float | str]:
+        return {"lam": self.lam, "spread": self.spread}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The base with the edits of a search, measured over and over."""
+
+    base: Base
+    moments: Moments
+    edits: tuple[Edit, ...]
+    batch_tokens: int
+
+    def try_options(
+        self,
+        prepare: PrepareOptions,
+        spreads: Sequence[Spread],
+        fits: Sequence[float],
+        on_progress: Progress | None = None,
+        lambdas: Iterable[float] = (),
+    ) -> list[Trial]:
+        """Prepare the edits once and solve them under every spread at the λ that give each of `fits` as their median ρ, and at `lambdas`.
+
+        Raises:
+            EditorError: no edit could be prepared, or a system is singular.
+        """
+        begun = time.perf_counter()
+        editor = self._make_editor(prepare, spreads[0], 1.0)
+        prepared = editor.prepare(self.base, self.edits, on_progress)
+        if prepared.pairs is None:
+            reason = next(iter(prepared.refused.values()), "none was given")
+            raise EditorError(f"expected edits that can be prepared, found none among {len(self.edits)} ({reason})")
+        reached = sum(note.target_nll <= _REACHED for note in prepared.notes.values()) / len(self.edits)
+        trials: list[Trial] = []
+        for spread in spreads:
+            editor = self._make_editor(prepare, spread, 1.0)
+            found = [find_lambda(editor, prepared.pairs, fit) for fit in fits]
+            for lam in dict.fromkeys((*found, *lambdas)):
+                measured = self._measure(editor.at_lambda(lam), prepared.pairs)
+                seconds, begun = time.perf_counter() - begun, time.perf_counter()
+                trials.append(
+                    Trial(
+                        prepare=prepare,
+                        lam=lam,
+                        spread=spread,
+                        edits=len(self.edits),
+                        reached=reached,
+                        seconds=round(seconds, 3),
+                        **measured,
+                    )
+                )
+        return trials
+
+    def measure_growth(self, trial: Trial, counts: Sequence[int]) -> list[tuple[int, float]]:
+        """(edits, mean |W| / mean |W0| of the layer that grew most) for the first edits of the desk."""
+        editor = self._make_editor(trial.prepare, trial.spread, trial.lam)
+        prepared = editor.prepare(self.base, self.edits)
+        if prepared.pairs is None:
+            return []
+        sizes = [count for count in counts if count <= len(prepared.pairs)]
+        return [(count, self._measure_norm(editor, prepared.pairs.take(range(count)))) for count in sizes]
+
+    def _measure(self, editor: D4S, pairs: Pairs) -> dict[str, float | None]:
+        state = editor.merge(editor.empty_state(), pairs, None)
+        artifact = editor.solve(state)
+        assert artifact is not None, "a state with pairs has an artifact"
+        fit = median(editor.measure_fits(state, pairs).tolist())
+        questions = [*self._rewrites.values(), *(q for group in self._paraphrases.values() for q in group), *self._neighbours]
+        with attach(self.base, [artifact]):
+            after = score_targets(self.base, questions, batch_tokens=self.batch_tokens)
+        efficacy = _share(_said(after[question]) for question in self._rewrites.values())
+        general = _share_or_none([_said(after[question]) for group in self._paraphrases.values() for question in group])
+        kept = [agreement(after[question].chosen, self._before[question].chosen) for question in self._neighbours]
+        specificity = _share_or_none(kept)
+        ratio = _grown(self.base, artifact.deltas)
+        asked = len(self._rewrites) / len(self.edits)
+        values = [value for value in (efficacy * asked, general, specificity) if value is not None]
+        return {
+            "fit": fit,
+            "efficacy": efficacy * asked,
+            "generalization": general,
+            "specificity": specificity,
+            "score": harmonic_mean(values) or 0.0,
+            "norm_ratio": ratio,
+        }
+
+    def _measure_norm(self, editor: D4S, pairs: Pairs) -> float:
+        artifact = editor.solve(editor.merge(editor.empty_state(), pairs, None))
+        assert artifact is not None, "a state with pairs has an artifact"
+        return _grown(self.base, artifact.deltas)
+
+    def _make_editor(self, prepare: PrepareOptions, spread: Spread, lam: float) -> D4S:
+        chosen: Spread = "single" if len(prepare.layers) == 1 else spread
+        solve = SolveOptions(lam=lam, spread=chosen, moments="")
+        return D4S(Profile(base=self.base.digest, prepare=prepare, solve=solve), self.moments, self.base.layout)
+
+    @cached_property
+    def _rewrites(self) -> dict[str, Question]:
+        return {edit.edit_id: (edit.rewrite_prompt, edit.target_new) for edit in self.edits if can_write(self.base.tokenizer, edit.target_new)}
+
+    @cached_property
+    def _paraphrases(self) -> dict[str, list[Question]]:
+        return {
+            edit.edit_id: [(prompt, edit.target_new) for prompt in edit.paraphrase_prompts]
+            for edit in self.edits
+            if edit.edit_id in self._rewrites
+        }
+
+    @cached_property
+    def _neighbours(self) -> list[Question]:
+        """With the first answer that can be written forced, or only the token after the prompt."""
+        return [
+            (probe.prompt, next((answer for answer in probe.answers if can_write(self.base.tokenizer, answer)), None))
+            for edit in self.edits
+            for probe in edit.neighborhood_prompts
+        ]
+
+    @cached_property
+    def _before(self) -> Mapping[Question, Scored]:
+        return score_targets(self.base, self._neighbours, batch_tokens=self.batch_tokens)
+
+
+def find_lambda(editor: D4S, pairs: Pairs, fit: float) -> float:
+    """The λ at which the median ρ of pairs is `fit`, by bisection on its logarithm: ρ falls as λ grows. An end of `_LAMBDAS` where none is."""
+    low, high = (torch.tensor(value, dtype=torch.float64).log().item() for value in _LAMBDAS)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        at = editor.at_lambda(torch.tensor(middle, dtype=torch.float64).exp().item())
+        found = at.measure_fits(at.merge(at.empty_state(), pairs, None), pairs).median().item()
+        low, high = (middle, high) if found > fit else (low, middle)
+        if high - low < 0.01:
+            break
+    return float(f"{torch.tensor((low + high) / 2, dtype=torch.float64).exp().item():.3g}")
+
+
+def _said(scored: Scored) -> float:
+    return float(all_correct(scored.chosen, scored.target))
+
+
+def _share(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
+
+
+def _share_or_none(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _grown(base: Base, deltas: Mapping[str, torch.Tensor]) -> float:
+    return max(norms.mean_abs_ratio or 0.0 for norms in measure_norms(base, deltas))
+
+
+OnTrial = Callable[[Trial], None]
