@@ -59,14 +59,27 @@ def settle_past(api: str) -> int:
 
 
 def _settle(api: str) -> int:
-    left = _find_runs(api, "RUNNING", "PENDING", "CANCELLING")
-    for run in left:
-        state = {"type": "CRASHED", "message": "errata up was ended while it ran"}
-        call_server(api, "POST", f"flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+    closed = close_runs(api, "errata up was ended while it ran")
     now = datetime.now(UTC).isoformat()
     while missed := [run for run in _find_runs(api, "SCHEDULED", expected_start_time={"before_": now}) if run["auto_scheduled"]]:
         for run in missed:
             call_server(api, "DELETE", f"flow_runs/{run['id']}")
+    return closed
+
+
+def close_runs(api: str, why: str) -> int:
+    """Close the deployments' runs that nothing carries out any more, and free the limits they hold: a run that its worker had claimed and
+    not begun when it was killed holds the limit of its stream until its lease ends, which are five minutes of Prefect's.
+
+    Returns:
+        How many runs were closed.
+
+    Raises:
+        OSError: no answer, or a refusal.
+    """
+    left = _find_runs(api, "RUNNING", "PENDING", "CANCELLING", deployment_id={"is_null_": False})
+    for run in left:
+        call_server(api, "POST", f"flow_runs/{run['id']}/set_state", {"state": {"type": "CRASHED", "message": why}, "force": True})
     for limit in call_server(api, "POST", "v2/concurrency_limits/filter", {}):
         call_server(api, "PATCH", f"v2/concurrency_limits/{limit['id']}", {"active_slots": 0})
     return len(left)

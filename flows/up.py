@@ -27,7 +27,7 @@ from errata.settings import Settings, spell_environment
 from flows import views
 from flows.checkout import find_checkout
 from flows.children import HOST, Child, end_family, end_session, read_tail, start_child, take_port, wait_until_healthy
-from flows.prefect_runs import find_next, read_news, settle_past
+from flows.prefect_runs import close_runs, find_next, read_news, settle_past
 from flows.up_screen import build_screen, describe_places, describe_streams, spell_line, tell_commits
 from registry.release import resolve_tracking
 from registry.storage.base import open_storage
@@ -248,7 +248,7 @@ def _watch(
     tell(datetime.now(UTC).isoformat(), f"ready: {', '.join(places['streams'])} served")
     with Live(console=out, auto_refresh=False) if out.is_terminal else nullcontext() as live:
         while True:
-            for name in _mend(commands, children, again, environment, home):
+            for name in _mend(api, commands, children, again, environment, home):
                 tell(datetime.now(UTC).isoformat(), f"{name} had ended and was started again; {home / name}.log says why")
             rows, following = describe_streams(streams), None
             for stream in streams:
@@ -268,15 +268,20 @@ def _watch(
 
 
 def _mend(
-    commands: Commands, children: dict[str, Child], again: dict[str, float], environment: dict[str, str], home: Path
+    api: str, commands: Commands, children: dict[str, Child], again: dict[str, float], environment: dict[str, str], home: Path
 ) -> Iterator[str]:
-    """Start what has ended once more; its name."""
+    """Start what has ended once more; its name. A worker comes back once the runs it has left open are closed."""
     for name, (command, folder) in commands.items():
         if children[name].poll() is None:
             continue
         if name in again and time.monotonic() - again[name] < _YOUNG:
             raise ErrataError(f"up: expected {name} to run, found it ended with {children[name].returncode}:\n{read_tail(home, name)}")
         end_session(home, children[name].pid)
+        if name == "worker":
+            try:
+                close_runs(api, "its worker ended")
+            except OSError:  # the server is being started again, too: the next look tries once more
+                continue
         children[name], again[name] = start_child(name, command, home, environment, folder), time.monotonic()
         yield name
 

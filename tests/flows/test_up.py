@@ -50,6 +50,16 @@ def test_a_life(desk: Any, launch: Callable[..., Any], make_edit: Callable[..., 
     told = second.log.read_text()
     assert state["prefect"] in told and state["mlflow"] in told and str(up.process.pid) in told
 
+    # A worker is killed that had claimed a run and not begun it. Another one comes, and the stream goes on.
+    deployment = next(item for item in deployments if item["name"] == "main" and "apply" in item["entrypoint"])
+    claimed = up.wait_for("a claim", lambda: claim_run(up, deployment["id"]))
+    worker = next(process for process in up.find_processes() if "worker" in process.cmdline())
+    worker.kill()
+    desk.submit("tuesday", make_edit(2, id="case-3"))
+    up.wait_for("the next commit", lambda: desk.open().head.seq >= 2)
+    found = up.ask_prefect("flow_runs/filter", {"flow_runs": {"id": {"any_": [claimed]}}})
+    assert [run["state_type"] for run in found] == ["CRASHED"]
+
     # Ctrl-C ends everything.
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(timeout=60) == 0
@@ -57,6 +67,13 @@ def test_a_life(desk: Any, launch: Callable[..., Any], make_edit: Callable[..., 
     assert not (home / "state.json").exists()
     told = up.log.read_text()
     assert "ready: main served" in told and "commit 1: edits, accept; it is the champion" in told and "Traceback" not in told
+
+
+def claim_run(up: Any, deployment: str) -> str | None:
+    """A run as a worker leaves it that dies before it has begun it: it holds the limit of its stream."""
+    run = up.ask_prefect(f"deployments/{deployment}/create_flow_run", {})
+    state = up.ask_prefect(f"flow_runs/{run['id']}/set_state", {"state": {"type": "PENDING"}})["state"]
+    return run["id"] if state and state["type"] == "PENDING" else None
 
 
 def test_without_a_stream_it_says_what_to_do(launch: Callable[..., Any]) -> None:
