@@ -15,7 +15,7 @@ from errata.edits import SLOT, Edit
 from errata.modeling.loading import Base
 from errata.modeling.tokens import encode_target, find_pad, locate_subject, pad_rows
 from errata.modeling.trace import change_output, trace_inputs
-from errata.profiles import PrepareOptions
+from errata.profiles import PrepareOptions, Site
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PlainRows:
     target: list[int]
 
 
-def write_rows(base: Base, edit: Edit, contexts: Sequence[str]) -> PlainRows:
+def write_rows(base: Base, edit: Edit, contexts: Sequence[str], place: Site = "subject_last") -> PlainRows:
     """Every row written out in full."""
     target = encode_target(base.tokenizer, edit.target_new)
     ids, sites, starts = [], [], []
@@ -49,16 +49,16 @@ def write_rows(base: Base, edit: Edit, contexts: Sequence[str]) -> PlainRows:
         text = context.replace(SLOT, edit.rewrite_prompt)
         prompt, site = locate_subject(base.tokenizer, text, len(before), len(before) + len(edit.subject))
         ids.append(prompt + target[:-1])
-        sites.append(site)
+        sites.append(site if place == "subject_last" else len(prompt) - 1)
         starts.append(len(prompt) - 1)
     essence, site = locate_subject(base.tokenizer, KL_PROMPT.replace(SLOT, edit.subject), 0, len(edit.subject))
-    return PlainRows([*ids, essence], [*sites, site], starts, target)
+    return PlainRows([*ids, essence], [*sites, site if place == "subject_last" else len(essence) - 1], starts, target)
 
 
 @torch.no_grad()
 def compute_keys(base: Base, edit: Edit, options: PrepareOptions) -> dict[int, torch.Tensor]:
     """MEMIT `compute_ks`: a forward pass of its own; the bare prompt weighs one half, the other contexts share the other."""
-    rows = write_rows(base, edit, options.contexts)
+    rows = write_rows(base, edit, options.contexts, options.site)
     count = len(options.contexts)
     ids, mask = pad_rows(rows.ids[:count], find_pad(base.tokenizer), "right", base.device)
     modules = {layer: base.layout.projection_of(base.model, layer) for layer in options.layers}
@@ -73,7 +73,7 @@ def compute_keys(base: Base, edit: Edit, options: PrepareOptions) -> dict[int, t
 
 def compute_residual(base: Base, edit: Edit, options: PrepareOptions) -> PlainTarget:
     """MEMIT `compute_z` for one edit."""
-    rows = write_rows(base, edit, options.contexts)
+    rows = write_rows(base, edit, options.contexts, options.site)
     count, target = len(options.contexts), torch.tensor(rows.target, device=base.device)
     ids, mask = pad_rows(rows.ids, find_pad(base.tokenizer), "right", base.device)
     top = base.layout.block(base.model, options.layers[-1])

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from errata.edits import canonical_json, digest_of
 
-
 Site = Literal["subject_last", "prompt_last"]
+Spread = Literal["single", "even", "refresh", "d4s_code"]
 
 
 class PrepareOptions(BaseModel):
@@ -68,7 +68,7 @@ class SolveOptions(BaseModel):
 
     lam: float = Field(gt=0)
     """λ: the weight of the preserved keys, as a pseudo-count of keys, since C is a mean."""
-    spread: Literal["single", "even", "refresh", "d4s_code"]
+    spread: Spread
     """How L layers share the residual: `single` is for one layer; `even` asks each for 1/L of it; `refresh` asks each, bottom-up, for
     1/L, 1/(L−1), …, 1 of what those below leave; `d4s_code` for the same shares of all of it, as published: H_L times the residual."""
     moments: str
@@ -77,6 +77,43 @@ class SolveOptions(BaseModel):
     @property
     def digest(self) -> str:
         return digest_of(canonical_json(self.model_dump(mode="json")))
+
+
+class Measured(BaseModel):
+    """One point of a calibration, on the edits it was measured with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[int, ...]
+    site: Site
+    lam: float
+    spread: Spread
+    fit: float
+    """Median ρ."""
+    efficacy: float
+    generalization: float | None
+    specificity: float | None
+    score: float
+    norm_ratio: float
+
+
+class CalibrationNote(BaseModel):
+    """How the values of a profile were found: the choice, what it was chosen over, and the trade-off along λ."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    report: str
+    """Digest of the whole report."""
+    known: int
+    """Facts that the base knew."""
+    edits: int
+    """Written in each trial."""
+    chosen: Measured
+    rivals: tuple[Measured, ...]
+    curve: tuple[Measured, ...]
+    """By λ."""
+    growth: tuple[tuple[int, float], ...]
+    """(edits, mean |W| / mean |W0| of the layer that grew most)."""
 
 
 class Profile(BaseModel):
@@ -93,12 +130,14 @@ class Profile(BaseModel):
     """Where the values come from, for people: measured, published, or written by hand."""
     max_norm_ratio: float | None = Field(default=None, gt=1)
     """mean |W| / mean |W0| of an edited layer at which people are alerted, where somebody knows what this base bears."""
+    calibration: CalibrationNote | None = None
+    """Where the values were measured."""
 
     @model_serializer(mode="wrap")
     def _omit_none(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Profiles from before there was a ratio keep their bytes."""
+        """Profiles from before there was a ratio, or a calibration, keep their bytes."""
         content: dict[str, Any] = spell(self)
-        return content if self.max_norm_ratio else {name: value for name, value in content.items() if name != "max_norm_ratio"}
+        return {name: value for name, value in content.items() if value is not None or name not in ("max_norm_ratio", "calibration")}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

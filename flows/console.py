@@ -16,6 +16,7 @@ from errata.settings import load_settings
 from flows import (
     console_alerts,
     console_approval,
+    console_calibrate,
     console_erase,
     console_inbox,
     console_keep,
@@ -365,6 +366,7 @@ def demo() -> None:
 
 
 console_undo.add_commands(app)
+console_calibrate.add_commands(app)
 console_approval.add_commands(app)
 console_merge.add_commands(app)
 console_rebase.add_commands(app)

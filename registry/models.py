@@ -5,24 +5,22 @@ goes on from there. MLflow has no compare-and-swap, so who moves the alias reads
 """
 
 import json
-import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from errata.edits import digest_of
-from errata.errors import ErrataError, RegistryError, UnknownNameError
+from errata.errors import RegistryError, UnknownNameError
 from registry.packaging import build_model
 from registry.release import Release, Version, name_weights, tag_release
+from registry.runs import Runs
 
 # isort: split
 # After `packaging`, which sets what MLflow reads while it is imported.
-from mlflow import MlflowClient, artifacts, pyfunc, set_tracking_uri
-from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run, ViewType
+from mlflow import artifacts, pyfunc, set_tracking_uri
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Param, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
@@ -40,23 +38,8 @@ _LOOKED_AT = 20
 _Found = TypeVar("_Found")
 
 
-class ModelRegistry:
-    """The runs and model versions of all streams in one MLflow.
-
-    Args:
-        tracking_uri, artifact_root: see `resolve_tracking`.
-    """
-
-    def __init__(self, tracking_uri: str, artifact_root: str | None = None) -> None:
-        self.tracking_uri = tracking_uri
-        self._artifact_root = artifact_root
-        # MLflow's own seven retries keep a user waiting for minutes when the server is down; a projection can be repeated at any time.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # it reports every table it makes and version it waits for
-        if tracking_uri.startswith("sqlite:///"):
-            Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
-        with self._reporting("connect"):
-            self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
+class ModelRegistry(Runs):
+    """The runs and model versions of all streams in one MLflow."""
 
     def project(self, release: Release) -> Version:
         """The version that shows a commit: found, or made. Safe to repeat, and to run in two places at once.
@@ -64,10 +47,10 @@ class ModelRegistry:
         Raises:
             RegistryError: MLflow fails, or shows this commit number with another manifest.
         """
-        with self._reporting(f"show commit {release.commit} of {release.stream}"):
+        with self.reporting(f"show commit {release.commit} of {release.stream}"):
             found = self._find_tagged(release.stream, release.commit)
             if found is None or "errata.manifest" not in found.tags:
-                run = self._claim_run(f"errata/streams/{release.stream}", f"commit {release.commit}", "errata.commit", tag_release(release))
+                run = self.claim_run(f"errata/streams/{release.stream}", f"commit {release.commit}", "errata.commit", tag_release(release))
                 model = self._find_model(run) or self._log_model(run, release)
                 if run.info.status != "FINISHED":
                     self._fill_run(run, release)
@@ -82,7 +65,7 @@ class ModelRegistry:
 
     def find_version(self, stream: str, commit: int) -> Version | None:
         """The version that shows a commit, if there is one."""
-        with self._reporting(f"look for commit {commit} of {stream}"):
+        with self.reporting(f"look for commit {commit} of {stream}"):
             return self._find_tagged(stream, commit)
 
     def read_version(self, stream: str, number: int) -> Version:
@@ -90,8 +73,8 @@ class ModelRegistry:
         Raises:
             UnknownNameError: no such version, or one that Errata did not make.
         """
-        with self._reporting(f"read version {number} of {stream}"):
-            found = _describe(self._look_up(lambda: self._client.get_model_version(stream, str(number))))
+        with self.reporting(f"read version {number} of {stream}"):
+            found = _describe(self._look_up(lambda: self.client.get_model_version(stream, str(number))))
         if found is None:
             raise UnknownNameError(f"v{number}: expected a version of {stream!r} that shows a commit, found none")
         return found
@@ -99,11 +82,11 @@ class ModelRegistry:
     def list_versions(self, stream: str, most: int | None = None) -> list[Version]:
         """All versions that show a commit, newest first; with `most`, about so many of the newest."""
         versions: list[Version] = []
-        with self._reporting(f"list the versions of {stream}"):
+        with self.reporting(f"list the versions of {stream}"):
             token = None
             while True:
                 query, size = f"name = '{stream}'", most or _PAGE
-                page = self._client.search_model_versions(query, size, order_by=["version_number DESC"], page_token=token)
+                page = self.client.search_model_versions(query, size, order_by=["version_number DESC"], page_token=token)
                 versions += filter(None, map(_describe, page))
                 token = page.token
                 if not token or (most and len(versions) >= most):
@@ -111,8 +94,8 @@ class ModelRegistry:
 
     def find_newest(self, stream: str) -> Version | None:
         """The newest version that shows a commit, if there is one."""
-        with self._reporting(f"look for the newest version of {stream}"):
-            page = self._client.search_model_versions(f"name = '{stream}'", max_results=_LOOKED_AT, order_by=["version_number DESC"])
+        with self.reporting(f"look for the newest version of {stream}"):
+            page = self.client.search_model_versions(f"name = '{stream}'", max_results=_LOOKED_AT, order_by=["version_number DESC"])
             return next(filter(None, map(_describe, page)), None)
 
     def champion(self, stream: str) -> Version | None:
@@ -121,8 +104,8 @@ class ModelRegistry:
 
     def find_alias(self, stream: str, alias: str) -> Version | None:
         """What `models:/<stream>@<alias>` loads, if anything."""
-        with self._reporting(f"read {stream}@{alias}"):
-            return _describe(self._look_up(lambda: self._client.get_model_version_by_alias(stream, alias)))
+        with self.reporting(f"read {stream}@{alias}"):
+            return _describe(self._look_up(lambda: self.client.get_model_version_by_alias(stream, alias)))
 
     def point_alias(self, version: Version, alias: str = CHAMPION) -> None:
         """Make a version the one that an alias names.
@@ -130,8 +113,8 @@ class ModelRegistry:
         Raises:
             RegistryError: MLflow fails, or the alias read back is not what was set.
         """
-        with self._reporting(f"point {version.stream}@{alias} at version {version.number}"):
-            self._client.set_registered_model_alias(version.stream, alias, str(version.number))
+        with self.reporting(f"point {version.stream}@{alias} at version {version.number}"):
+            self.client.set_registered_model_alias(version.stream, alias, str(version.number))
         found = self.find_alias(version.stream, alias)
         if found is None or found.number != version.number:
             raise RegistryError(
@@ -141,8 +124,8 @@ class ModelRegistry:
 
     def remove_alias(self, stream: str, alias: str) -> None:
         """Make an alias name nothing."""
-        with self._reporting(f"remove {stream}@{alias}"):
-            self._client.delete_registered_model_alias(stream, alias)
+        with self.reporting(f"remove {stream}@{alias}"):
+            self.client.delete_registered_model_alias(stream, alias)
 
     def read_artifacts(self, version: Version) -> list[bytes]:
         """The artifacts of a version as MLflow has them, in order of application.
@@ -150,8 +133,8 @@ class ModelRegistry:
         Raises:
             RegistryError: they cannot be read, or are not the bytes that were registered.
         """
-        with self._reporting(f"read the artifacts of {version.uri}"), tempfile.TemporaryDirectory() as temporary:
-            source = self._client.get_model_version_download_uri(version.stream, str(version.number))
+        with self.reporting(f"read the artifacts of {version.uri}"), tempfile.TemporaryDirectory() as temporary:
+            source = self.client.get_model_version_download_uri(version.stream, str(version.number))
             folder = Path(artifacts.download_artifacts(f"{source}/artifacts/version", dst_path=temporary, tracking_uri=self.tracking_uri))
             layers = json.loads((folder / "version.json").read_text())["layers"]
             read = [(layer["digest"], (folder / layer["file"]).read_bytes()) for layer in layers]
@@ -166,7 +149,7 @@ class ModelRegistry:
         Raises:
             RegistryError: there is none, or it cannot be loaded.
         """
-        with self._reporting(f"load {stream}@{CHAMPION}"):
+        with self.reporting(f"load {stream}@{CHAMPION}"):
             set_tracking_uri(self.tracking_uri)
             return pyfunc.load_model(f"models:/{stream}@{CHAMPION}")
 
@@ -176,7 +159,7 @@ class ModelRegistry:
         Raises:
             RegistryError: the version has none.
         """
-        with self._reporting(f"read the norm plot of {version.uri}"):
+        with self.reporting(f"read the norm plot of {version.uri}"):
             folder.mkdir(parents=True, exist_ok=True)
             found = artifacts.download_artifacts(
                 run_id=version.run, artifact_path=_PLOT, dst_path=str(folder), tracking_uri=self.tracking_uri
@@ -186,10 +169,10 @@ class ModelRegistry:
     def log_watch(self, version: Version, metrics: Mapping[str, float], moment: int, step: int, files: Sequence[Path]) -> None:
         """Add what the watch measured to a version's run: `metrics` at `moment` (milliseconds), `files` in the folder `watch`, where they
         replace those of the watch before."""
-        with self._reporting(f"show the watch of {version.uri}"):
-            self._client.log_batch(version.run, [Metric(f"watch.{name}", value, moment, step) for name, value in metrics.items()])
+        with self.reporting(f"show the watch of {version.uri}"):
+            self.client.log_batch(version.run, [Metric(f"watch.{name}", value, moment, step) for name, value in metrics.items()])
             for path in files:
-                self._client.log_artifact(version.run, str(path), "watch")
+                self.client.log_artifact(version.run, str(path), "watch")
 
     def hide_version(self, version: Version, erasure: int, *, weights: bool, report: bytes | None) -> None:
         """Remove what a version holds of edits that commit `erasure` erased. Safe to repeat.
@@ -198,30 +181,30 @@ class ModelRegistry:
             weights: the version's weights carry them; it cannot be loaded any more.
             report: the report as it reads now.
         """
-        with self._reporting(f"remove what was erased from {version.uri}"):
+        with self.reporting(f"remove what was erased from {version.uri}"):
             if report is not None:
                 # Deleted first: stores that do not overwrite would keep the old one.
-                get_artifact_repository(self._client.get_run(version.run).info.artifact_uri).delete_artifacts("report.json")  # type: ignore[no-untyped-call]
-                self._client.log_text(version.run, report.decode(), "report.json")
+                get_artifact_repository(self.client.get_run(version.run).info.artifact_uri).delete_artifacts("report.json")  # type: ignore[no-untyped-call]
+                self.client.log_text(version.run, report.decode(), "report.json")
             if weights:
                 self._remove_weights(version)
-            self._client.set_model_version_tag(version.stream, str(version.number), "errata.erased", str(erasure))
+            self.client.set_model_version_tag(version.stream, str(version.number), "errata.erased", str(erasure))
 
     def archive_version(self, version: Version, told: str) -> None:
         """Remove a version's weights and say in its tag `errata.archived` how to get them back. Safe to repeat."""
-        with self._reporting(f"archive {version.uri}"):
-            self._client.set_model_version_tag(version.stream, str(version.number), "errata.archived", told)
+        with self.reporting(f"archive {version.uri}"):
+            self.client.set_model_version_tag(version.stream, str(version.number), "errata.archived", told)
             self._remove_weights(version)
 
     def restore_version(self, version: Version, weights: Sequence[bytes]) -> None:
         """Give an archived version its weights again, in order of application. Safe to repeat."""
-        with self._reporting(f"restore {version.uri}"), tempfile.TemporaryDirectory() as temporary:
+        with self.reporting(f"restore {version.uri}"), tempfile.TemporaryDirectory() as temporary:
             store = self._open_weights(version)
             for name, data in name_weights(weights):
                 Path(temporary, name).write_bytes(data)
                 store.log_artifact(str(Path(temporary, name)))  # type: ignore[no-untyped-call]
             if "errata.archived" in version.tags:
-                self._client.delete_model_version_tag(version.stream, str(version.number), "errata.archived")
+                self.client.delete_model_version_tag(version.stream, str(version.number), "errata.archived")
 
     def _remove_weights(self, version: Version) -> None:
         store = self._open_weights(version)
@@ -231,65 +214,30 @@ class ModelRegistry:
 
     def _open_weights(self, version: Version) -> ArtifactRepository:
         """Where the weights of a version lie."""
-        source = self._client.get_model_version_download_uri(version.stream, str(version.number))
+        source = self.client.get_model_version_download_uri(version.stream, str(version.number))
         return get_artifact_repository(f"{source}/artifacts/version")
 
     def _find_tagged(self, stream: str, commit: int) -> Version | None:
         # The oldest counts: a second one can only come from a racing projector, which removes its own again.
-        page = self._client.search_model_versions(
+        page = self.client.search_model_versions(
             f"name = '{stream}' and tag.`errata.commit` = '{commit}'", max_results=1, order_by=["version_number ASC"]
         )
         return _describe(page[0]) if page else None
 
-    def _claim_run(self, experiment: str, name: str, key: str, tags: Mapping[str, str]) -> Run:
-        """The run whose tag `key` is as in `tags`, begun if there is none. Of two begun at once, both callers take the older."""
-        experiment_id = self._ensure_experiment(experiment)
-        found = self._find_run(experiment_id, key, tags[key])
-        if found is not None:
-            return found
-        # All tags at once: MLflow fails where two processes set one tag of one run at the same time.
-        mine: Run = self._client.create_run(experiment_id, run_name=name, tags=dict(tags))
-        chosen = self._find_run(experiment_id, key, tags[key]) or mine
-        if chosen.info.run_id != mine.info.run_id:
-            self._client.delete_run(mine.info.run_id)
-        return chosen
-
-    def _find_run(self, experiment_id: str, key: str, value: str) -> Run | None:
-        runs = self._client.search_runs(
-            [experiment_id], f"tags.`{key}` = '{value}'", ViewType.ACTIVE_ONLY, max_results=1, order_by=["attributes.start_time ASC"]
-        )
-        return runs[0] if runs else None
-
-    def _ensure_experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            location = f"{self._artifact_root}/{name}" if self._artifact_root else None
-            try:
-                created: str = self._client.create_experiment(name, artifact_location=location)
-                return created
-            except MlflowException as error:
-                found = self._client.get_experiment_by_name(name)  # another process made it first
-                if found is None:
-                    raise error
-        if found.lifecycle_stage == "deleted":
-            self._client.restore_experiment(found.experiment_id)
-        identifier: str = found.experiment_id
-        return identifier
-
     def _find_model(self, run: Run) -> LoggedModel | None:
         """The model that an earlier call has uploaded whole."""
-        models = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+        models = self.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
         return next((model for model in models if model.status == "READY"), None)
 
     def _log_model(self, run: Run, release: Release) -> LoggedModel:
         reference = self._refer_to_base(release)
         tags = {"errata.commit": str(release.commit)}
-        model = self._client.create_logged_model(run.info.experiment_id, f"commit-{release.commit}", run.info.run_id, tags)
+        model = self.client.create_logged_model(run.info.experiment_id, f"commit-{release.commit}", run.info.run_id, tags)
         with tempfile.TemporaryDirectory() as temporary:
             folder = build_model(Path(temporary), release, reference, run.info.run_id, model.model_id)
-            self._client.log_model_artifacts(model.model_id, str(folder))
-        self._client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=release.commit)])
-        return self._client.finalize_logged_model(model.model_id, "READY")
+            self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=release.commit)])
+        return self.client.finalize_logged_model(model.model_id, "READY")
 
     def _refer_to_base(self, release: Release) -> dict[str, str | None]:
         """How a version names its base: the hub id at a pinned revision, or the one run that holds the files."""
@@ -298,13 +246,13 @@ class ModelRegistry:
             return {"kind": "hub", "digest": ref.digest, "source": ref.source, "revision": ref.revision}
         note = "Every model version on this base reads these files. Do not delete this run."
         tags = {"errata.base": ref.digest, "mlflow.note.content": note}
-        run = self._claim_run("errata/bases", f"errata base {ref.digest[:12]}", "errata.base", tags)
+        run = self.claim_run("errata/bases", f"errata base {ref.digest[:12]}", "errata.base", tags)
         if run.info.status != "FINISHED":
             if release.base_folder is None:
                 raise RegistryError(f"base {ref.digest[:12]}: expected the folder with its files for its first version, found none")
             for name in ref.files:
-                self._client.log_artifact(run.info.run_id, str(release.base_folder / name), "base")
-            self._client.set_terminated(run.info.run_id)
+                self.client.log_artifact(run.info.run_id, str(release.base_folder / name), "base")
+            self.client.set_terminated(run.info.run_id)
         return {"kind": ref.kind, "digest": ref.digest, "uri": f"runs:/{run.info.run_id}/base"}
 
     def _fill_run(self, run: Run, release: Release) -> None:
@@ -314,40 +262,40 @@ class ModelRegistry:
         metrics = [Metric(key, value, moment, release.commit) for key, value in release.metrics.items()]
         params = [Param(key, str(value)) for key, value in release.parameters.items()]
         try:
-            self._client.log_batch(identifier, metrics, params)
+            self.client.log_batch(identifier, metrics, params)
         except MlflowException:
             # Of two that log the same at once, MLflow fails one, which finds it there when it tries again.
-            self._client.log_batch(identifier, metrics, params)
+            self.client.log_batch(identifier, metrics, params)
         with tempfile.TemporaryDirectory() as temporary:
             if release.report is not None:
                 path = Path(temporary, "report.json")
                 path.write_bytes(release.report)
-                self._client.log_artifact(identifier, str(path))
+                self.client.log_artifact(identifier, str(path))
             if release.plot is not None:
                 path = Path(temporary, _PLOT)
                 shutil.copyfile(release.plot, path)
-                self._client.log_artifact(identifier, str(path))
-        self._client.set_terminated(identifier)
+                self.client.log_artifact(identifier, str(path))
+        self.client.set_terminated(identifier)
 
     def _register(self, run: Run, model: LoggedModel, release: Release) -> Version:
         stream, tags = release.stream, tag_release(release)
-        untagged = self._client.search_model_versions(f"name = '{stream}' and run_id = '{run.info.run_id}'", max_results=1)
+        untagged = self.client.search_model_versions(f"name = '{stream}' and run_id = '{run.info.run_id}'", max_results=1)
         if untagged:
             # Backwards, so that the commit, by which versions are found, comes last.
             for key, value in reversed(tags.items()):
-                self._client.set_model_version_tag(stream, untagged[0].version, key, value)
+                self.client.set_model_version_tag(stream, untagged[0].version, key, value)
             return Version(stream, int(untagged[0].version), release.commit, run.info.run_id, tags)
-        if self._look_up(lambda: self._client.get_registered_model(stream)) is None:
+        if self._look_up(lambda: self.client.get_registered_model(stream)) is None:
             try:
-                self._client.create_registered_model(stream, description=f"Errata's stream {stream}: each version shows one commit.")
+                self.client.create_registered_model(stream, description=f"Errata's stream {stream}: each version shows one commit.")
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another process, since we looked
                     raise
         # By location and not as models:/<id>, which MLflow's SQL store looks up in the process's global tracking URI instead of ours.
-        created = self._client.create_model_version(stream, model.artifact_location, run.info.run_id, tags, model_id=model.model_id)
+        created = self.client.create_model_version(stream, model.artifact_location, run.info.run_id, tags, model_id=model.model_id)
         first = self._find_tagged(stream, release.commit)
         if first is not None and first.number != int(created.version):
-            self._client.delete_model_version(stream, created.version)
+            self.client.delete_model_version(stream, created.version)
             return first
         return Version(stream, int(created.version), release.commit, run.info.run_id, tags)
 
@@ -359,16 +307,6 @@ class ModelRegistry:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
-
-    @contextmanager
-    def _reporting(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except ErrataError:
-            raise
-        except Exception as error:  # MLflow passes on what its databases, servers and artifact stores raise
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            raise RegistryError(f"MLflow at {self.tracking_uri}: expected to {action}, but: {reason}") from error
 
 
 def _describe(version: ModelVersion | None) -> Version | None:

@@ -50,14 +50,23 @@ def load_under(settings: Settings, stream: Stream, manifest: Manifest) -> Model:
 
 def load_named(settings: Settings, storage: Storage, base_digest: str, profile_digest: str, editor: str) -> Model:
     """As `load_model`, for what a root holds under these digests."""
+    ref, folder, base = _open_placed(settings, storage, base_digest)
+    profile = Profile.model_validate_json(get_profile(storage, base_digest, profile_digest))
+    moments = Moments.from_bytes(get_moments(storage, profile.solve.moments))
+    return Model(ref, folder, base, profile, make_editor(editor, profile, moments, base.layout))
+
+
+def load_placed(settings: Settings, storage: Storage, base_digest: str) -> Base:
+    """A base that a root holds, kept in memory for the stages that follow."""
+    return _open_placed(settings, storage, base_digest)[2]
+
+
+def _open_placed(settings: Settings, storage: Storage, base_digest: str) -> tuple[BaseRef, Path | None, Base]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     ref = get_base(storage, base_digest)
     folder = None if ref.kind == "hub" else fetch_base(storage, base_digest, settings.cache)
-    base = _hold_base(str(folder or ref.source), ref.revision, settings.device, base_digest)
-    profile = Profile.model_validate_json(get_profile(storage, base_digest, profile_digest))
-    moments = Moments.from_bytes(get_moments(storage, profile.solve.moments))
-    return Model(ref, folder, base, profile, make_editor(editor, profile, moments, base.layout))
+    return ref, folder, _hold_base(str(folder or ref.source), ref.revision, settings.device, base_digest)
 
 
 def quiet_transformers() -> None:

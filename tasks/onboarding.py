@@ -17,16 +17,17 @@ from errata.editors.d4s.moments import Moments, collect_moments
 from errata.errors import InputError, ModelError, SettingsError
 from errata.modeling.loading import Base, load_base
 from errata.profiles import PrepareOptions, Profile, SolveOptions
-from errata.settings import Settings
+from errata.settings import Settings, load_settings
 from errata.suggestions import BUILTIN_SUGGESTION, Suggestion, suggest_profile
 from errata.validation import explain_errors
 from errata.world import make_world
 from registry.events import InitCommit
-from registry.shared import BaseRef, get_moments, put_base, put_moments, put_profile
+from registry.shared import BaseRef, get_base, get_moments, put_base, put_moments, put_profile
 from registry.storage.base import Storage, check_create_if_absent, open_storage
 from registry.stream import Stream, create_stream
 from tasks._progress import show_progress
-from tasks._session import load_model, quiet_transformers
+from tasks._session import load_model, load_placed, quiet_transformers
+from tasks._task import stage
 from tasks.committing import describe_writer
 
 BUILTIN_NAME = "builtin"
@@ -136,6 +137,18 @@ def place_profile(storage: Storage, found: Source, profile: Path | None, corpus:
     return Placed(ref, put_profile(storage, ref.digest, made.to_bytes()), editor)
 
 
+def place_base(settings: Settings, source: str, *, revision: str | None = None) -> BaseRef:
+    """Store a base that no stream stands on yet.
+
+    Raises:
+        InputError, ModelError, StorageError: as `start_stream`.
+    """
+    storage = open_storage(settings.root)
+    check_create_if_absent(storage)
+    found = find_base(settings, source, revision)
+    return put_base(storage, found.ref, found.folder)
+
+
 def find_base(settings: Settings, source: str, revision: str | None) -> Source:
     """Load the base a user named; the built-in one is trained if the cache has none."""
     quiet_transformers()
@@ -213,3 +226,13 @@ def _pin_revision(source: str) -> str:
     if revision is None:
         raise ModelError(f"base: the hub names no revision of {source!r}; pin one with --revision")
     return revision
+
+
+@stage
+def measure_base(base: str, layers: Sequence[int], corpus: str | None) -> str:
+    """Second moments of a base that the root holds; their digest."""
+    settings = load_settings()
+    storage = open_storage(settings.root)
+    ref, model = get_base(storage, base), load_placed(settings, storage, base)
+    texts = read_corpus(Source(ref, None, model), Path(corpus) if corpus else None)
+    return put_moments(storage, measure_moments(model, layers, texts).to_bytes())

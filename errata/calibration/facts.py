@@ -40,7 +40,7 @@ def make_common_edits(seed: int) -> list[Edit]:
         relation = rng.choice(sorted(TEMPLATES))
         old = COMMON_FACTS[country][relation]
         prompt, *others = rng.sample(TEMPLATES[relation], len(TEMPLATES[relation]))
-        near = sorted(spared, key=lambda name: COMMON_FACTS[name][relation] != old)[:_NEIGHBOURS]  # noqa: B023  called at once
+        near = sorted(spared, key=lambda name: COMMON_FACTS[name][relation] != old)[:_NEIGHBOURS]
         edits.append(
             Edit(
                 subject=country,

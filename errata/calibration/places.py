@@ -46,11 +46,8 @@ def propose_places(depth: int, trace: Trace | None, published: Sequence[int] | N
     arrived = [] if trace is None else _find_arrivals(depth, trace)
     late = [Place("prompt_last", layers) for end in arrived for layers in _end_at(end, (1, 2))]
     early = [Place("subject_last", layers) for round_ in _rounds(ends) for layers in round_]
-    if ends:
-        # One place of the prompt's end among the rivals: that the trace points elsewhere is no measurement of it.
-        chosen = [*early[: _MOST - len(found) - bool(late)], *late[:1]]
-    else:
-        chosen = late[:_MOST]
+    # One place of the prompt's end is among the rivals: that the trace points elsewhere is no measurement of it.
+    chosen = [*early[: _MOST - len(found) - bool(late)], *late[:1]] if ends else late[:_MOST]
     found |= dict.fromkeys(chosen)
     return list(found)
 

@@ -127,7 +127,7 @@ class _Part:
         columns = torch.arange(self._ids.shape[1], device=device)
         first = torch.tensor([row.first for row in every], device=device)[:, None]
         noisy = (columns >= first) & (columns <= self._places["subject_last"][:, None])
-        width = base.model.get_input_embeddings().weight.shape[1]
+        width = base.model.get_input_embeddings()(self._ids[:1, :1]).shape[-1]
         noise = torch.randn(*noisy.shape, width, generator=generator) * sigma
         self._noise = noise.to(device) * noisy[..., None]
         self._states: dict[tuple[int, Site], torch.Tensor] = {}
@@ -167,11 +167,12 @@ class _Part:
         base = self._base
         body, head = (base.model.get_submodule(path) for path in (base.layout.body, base.layout.head))
         hidden = body(input_ids=self._ids, attention_mask=torch.ones_like(self._ids), use_cache=False).last_hidden_state
-        logits = head(hidden[self._every, self._places["prompt_last"]]).float()
+        logits: torch.Tensor = head(hidden[self._every, self._places["prompt_last"]]).float()
         return logits.softmax(dim=-1).gather(1, self._answers[:, None])[:, 0].double().cpu()
 
 
 def _spread_of(base: Base, rows: Sequence[_Row]) -> float:
     """Standard deviation of the embeddings of the subjects' tokens."""
     ids = sorted({token for row in rows for token in row.ids[row.first : row.last + 1]})
-    return base.model.get_input_embeddings()(torch.tensor(ids, device=base.device)).float().std().item()
+    embeddings: torch.Tensor = base.model.get_input_embeddings()(torch.tensor(ids, device=base.device))
+    return embeddings.float().std().item()

@@ -1,10 +1,11 @@
 """One measured try: edits written into the base at one place, with one set of options, over several λ."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -117,7 +118,7 @@ class Desk:
         sizes = [count for count in counts if count <= len(prepared.pairs)]
         return [(count, self._measure_norm(editor, prepared.pairs.take(range(count)))) for count in sizes]
 
-    def _measure(self, editor: D4S, pairs: Pairs) -> dict[str, float | None]:
+    def _measure(self, editor: D4S, pairs: Pairs) -> dict[str, Any]:
         state = editor.merge(editor.empty_state(), pairs, None)
         artifact = editor.solve(state)
         assert artifact is not None, "a state with pairs has an artifact"
@@ -153,7 +154,8 @@ class Desk:
 
     @cached_property
     def _rewrites(self) -> dict[str, Question]:
-        return {edit.edit_id: (edit.rewrite_prompt, edit.target_new) for edit in self.edits if can_write(self.base.tokenizer, edit.target_new)}
+        written = [edit for edit in self.edits if can_write(self.base.tokenizer, edit.target_new)]
+        return {edit.edit_id: (edit.rewrite_prompt, edit.target_new) for edit in written}
 
     @cached_property
     def _paraphrases(self) -> dict[str, list[Question]]:
@@ -178,7 +180,8 @@ class Desk:
 
 
 def find_lambda(editor: D4S, pairs: Pairs, fit: float) -> float:
-    """The λ at which the median ρ of pairs is `fit`, by bisection on its logarithm: ρ falls as λ grows. An end of `_LAMBDAS` where none is."""
+    """The λ at which the median ρ of pairs is `fit`, by bisection on its logarithm, since ρ falls as λ grows; where none is, an end of
+    `_LAMBDAS`."""
     low, high = (torch.tensor(value, dtype=torch.float64).log().item() for value in _LAMBDAS)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -205,6 +208,3 @@ def _share_or_none(values: Sequence[float]) -> float | None:
 
 def _grown(base: Base, deltas: Mapping[str, torch.Tensor]) -> float:
     return max(norms.mean_abs_ratio or 0.0 for norms in measure_norms(base, deltas))
-
-
-OnTrial = Callable[[Trial], None]

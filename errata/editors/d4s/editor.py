@@ -7,7 +7,7 @@ under lower updates, which makes them depend on order. Here keys and residuals a
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -68,6 +68,13 @@ class D4S:
     @property
     def options(self) -> Mapping[str, Any]:
         return self._profile.solve.model_dump(mode="json")
+
+    def at_lambda(self, lam: float) -> Self:
+        """The same editor with another λ; what C alone decides is shared."""
+        solve = self._profile.solve.model_copy(update={"lam": lam})
+        other = type(self)(self._profile.model_copy(update={"solve": solve}), self._moments, self._layout)
+        other._factors = self._factors
+        return other
 
     def find_groups(self, base: Base, edits: Sequence[Edit]) -> list[tuple[str, ...]]:
         """See `Editor.find_groups`: edits of one subject whose bare keys are nearly equal.

@@ -1,0 +1,60 @@
+"""`calibrate_base`: where to write into a base, and how strongly, measured: facts → trace → second moments → search → profile."""
+
+import logging
+import time
+
+from prefect import flow
+
+from errata.calibration.summary import CalibrationSummary
+from tasks._task import tell_run
+from tasks.calibrating import ask_base, conclude_search, open_search, propose_starts, take_step, trace_base
+from tasks.onboarding import measure_base
+
+_AHEAD = 4
+"""Steps that must still fit into the budget for another one to be begun: itself, the curve over λ, and measuring the choice."""
+
+
+@flow(name="calibrate-base")
+def calibrate_base(
+    base: str,
+    facts: str | None = None,
+    corpus: str | None = None,
+    budget_minutes: float = 5.0,
+    edits: int | None = None,
+    seed: int = 0,
+) -> CalibrationSummary:
+    """Find a profile for a base.
+
+    Args:
+        base: digest of a base that the root holds (`tasks.onboarding.place_base`).
+        facts: file of edits whose target_true the base may know; by default the project's own facts.
+        corpus: text whose keys are to be preserved; by default the project's own.
+        budget_minutes: the search ends about then, with what it has.
+        edits: written in each trial; by default as many as the budget is likely to bear.
+        seed: of contexts, noise, and the project's own facts.
+
+    Returns:
+        What was found. That the base knows no facts is a result, and said in its remarks.
+    """
+    begun, longest, cut_short = time.monotonic(), 0.0, False
+    asked = ask_base(base, facts, seed)
+    remarks = []
+    if not asked.traced:
+        remarks.append(
+            f"The model knows {asked.known} of {asked.asked} facts it was asked ({asked.source}): too few to trace. Layers were chosen by "
+            "the search alone, and edits write facts that it did not know."
+        )
+    trace = trace_base(base, asked.sheet, seed) if asked.traced else None
+    starts = propose_starts(base, trace, seed)
+    moments = measure_base(base, sorted({layer for start in starts for layer in start.layers}), corpus)
+    search = open_search(base, asked.sheet, starts, moments, budget_minutes, edits)
+    while True:
+        hurry = time.monotonic() - begun + _AHEAD * longest > 60 * budget_minutes
+        taken = take_step(base, search, hurry)
+        if taken is None:
+            break
+        cut_short = cut_short or hurry
+        longest = max(longest, taken.seconds)
+        result = taken.fault or (f"score {taken.score:.3f}" if taken.score is not None else "nothing measured")
+        tell_run(logging.INFO, f"step {taken.number}, {taken.told}: {result}, {taken.seconds:.1f} s")
+    return conclude_search(base, search, asked, trace, cut_short, remarks)

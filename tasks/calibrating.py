@@ -1,0 +1,311 @@
+"""Calibration of a base: facts, trace, search, profile. Every step that is measured is stored at once; an interrupted search goes on."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+
+from errata.calibration.contexts import sample_contexts
+from errata.calibration.facts import ENOUGH, ask_facts, make_common_edits, take_distinct
+from errata.calibration.figures import draw_curve, draw_trace
+from errata.calibration.places import propose_places
+from errata.calibration.report import CalibrationReport, FactSheet, Search, foresee_norm, set_alarm
+from errata.calibration.search import Done, Step, choose_best, choose_rivals, propose_step
+from errata.calibration.summary import Asked, CalibrationSummary, Taken
+from errata.calibration.tracing import Trace, trace_facts
+from errata.calibration.trials import Desk, Trial
+from errata.editors.d4s.moments import Moments
+from errata.edits import Edit, Submission
+from errata.errors import EditorError, InputError
+from errata.modeling.loading import Base
+from errata.profiles import PrepareOptions, Profile, SolveOptions
+from errata.readers.files import read_edits
+from errata.settings import Settings, load_settings
+from errata.suggestions import suggest_profile
+from errata.world import make_world
+from registry.calibrations import open_objects, read_steps, store_found, store_step
+from registry.release import resolve_tracking
+from registry.shared import get_base, get_moments, put_profile
+from registry.storage.base import Storage, open_storage
+from registry.trials import TrialRuns
+from tasks._progress import show_progress
+from tasks._session import load_placed
+from tasks._task import stage
+
+_ASKED = 400
+"""Facts a base is asked for at most."""
+_TRACED = 60
+_SEARCH, _VALIDATION = 150, 100
+"""Most edits of a trial, and most that are kept from the search."""
+_FEWEST = 24
+_STEPS = 24
+"""Steps that a search usually takes."""
+_SHARE = 0.7
+"""Of the budget, for these steps."""
+_TIMED = 4
+_RIVALS = 3
+
+
+@stage
+def ask_base(base: str, facts: str | None, seed: int) -> Asked:
+    """Which of the facts the base knows; the edits of the calibration, stored.
+
+    Args:
+        facts: file of edits with target_true; None takes the built-in world's for the built-in base, else common facts.
+
+    Raises:
+        InputError: the file has too few usable edits.
+    """
+    settings, storage = _open()
+    source, edits = _find_edits(storage, base, facts, seed)
+    model = load_placed(settings, storage, base)
+    with show_progress("asking the base") as on_progress:
+        told = ask_facts(model, edits, settings.evaluate.batch_tokens, lambda _stage, done, total: on_progress(done, total))
+    enough = len(told.known) >= ENOUGH
+    usable = take_distinct(told.known if enough else (*told.known, *told.unknown), _SEARCH + _VALIDATION)
+    if len(usable) < ENOUGH:
+        raise InputError(
+            f"facts: expected at least {ENOUGH} edits of distinct subjects that this base can write, found {len(usable)} in {source}"
+        )
+    kept = min(_VALIDATION, len(usable) // 3)
+    search, validation = usable[: len(usable) - kept], usable[len(usable) - kept :]
+    sheet = FactSheet(
+        source=source,
+        asked=len(edits),
+        known=len(told.known),
+        traced=tuple(search[:_TRACED]) if enough else (),
+        search=tuple(search),
+        validation=tuple(validation),
+    )
+    digest = open_objects(storage, base).put(sheet.to_bytes())
+    return Asked(sheet=digest, source=source, asked=sheet.asked, known=sheet.known, traced=len(sheet.traced))
+
+
+@stage
+def trace_base(base: str, sheet: str, seed: int) -> str:
+    """The causal trace of the facts that the base knows, stored."""
+    settings, storage = _open()
+    objects = open_objects(storage, base)
+    facts = FactSheet.from_bytes(objects.get(sheet))
+    model = load_placed(settings, storage, base)
+    with show_progress("causal trace") as on_progress:
+        trace = trace_facts(model, facts.traced, seed=seed, batch_tokens=settings.evaluate.batch_tokens, on_progress=on_progress)
+    return objects.put(trace.to_bytes())
+
+
+@stage
+def propose_starts(base: str, trace: str | None, seed: int) -> list[PrepareOptions]:
+    """The places to try, each with options to begin with: published ones first where the family has any."""
+    settings, storage = _open()
+    model = load_placed(settings, storage, base)
+    depth = model.layout.count_layers(model.model)
+    if depth < 2:
+        raise InputError(
+            f"base {base[:12]}: expected a model of at least two blocks, found {depth}: z needs blocks above it to act through"
+        )
+    published = suggest_profile(model.model.config.model_type, depth)
+    read = Trace.from_bytes(open_objects(storage, base).get(trace)) if trace else None
+    contexts = sample_contexts(model, seed)
+    starts = []
+    for place in propose_places(depth, read, published.prepare.layers if published else None):
+        start = PrepareOptions(layers=place.layers, site=place.site, contexts=contexts)
+        if published and place == ("subject_last", published.prepare.layers):
+            start = published.prepare.model_copy(update={"contexts": contexts})
+        starts.append(start)
+    return starts
+
+
+@stage
+def open_search(base: str, sheet: str, starts: Sequence[PrepareOptions], moments: str, budget_minutes: float, edits: int | None) -> str:
+    """A search, stored. Without a number of `edits`, so many are written in each trial as the budget is likely to bear."""
+    settings, storage = _open()
+    objects = open_objects(storage, base)
+    facts = FactSheet.from_bytes(objects.get(sheet))
+    count = min(edits or _SEARCH, len(facts.search))
+    if edits is None:
+        held = load_placed(settings, storage, base), Moments.from_bytes(get_moments(storage, moments))
+        count = _afford_edits(*held, facts.search[:count], starts[0], settings.evaluate.batch_tokens, _SHARE * budget_minutes * 60 / _STEPS)
+    search = Search(base=base, moments=moments, facts=sheet, edits=count, starts=tuple(starts))
+    return objects.put(search.to_bytes())
+
+
+@stage
+def take_step(base: str, search: str, hurry: bool) -> Taken | None:
+    """Measure what the search proposes next and store it; None when it is through.
+
+    Args:
+        hurry: only what the choice cannot do without.
+    """
+    settings, storage = _open()
+    desk, plan, _ = _open_desk(settings, storage, base, search)
+    done = _read_done(storage, base, search)
+    step = propose_step(plan.starts, done, hurry)
+    if step is None:
+        return None
+    begun = time.perf_counter()
+    with show_progress(step.told) as on_progress:
+        try:
+            trials, fault = tuple(desk.try_options(step.prepare, step.spreads, step.fits, on_progress)), None
+        except EditorError as error:
+            trials, fault = (), str(error)
+    made = Done(step=step, trials=trials, fault=fault, seconds=round(time.perf_counter() - begun, 3))
+    store_step(storage, base, search, len(done), step.digest, made.to_bytes())
+    runs = _open_runs(settings, base, search)
+    for trial in trials:
+        _show_trial(runs, step, trial)
+    best = max((trial.score for trial in trials), default=None)
+    return Taken(number=len(done) + 1, told=step.told, fault=fault, score=best, seconds=made.seconds)
+
+
+@stage
+def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut_short: bool, remarks: Sequence[str]) -> CalibrationSummary:
+    """The choice, measured on edits the search never wrote, as a stored profile; figures; the search in MLflow.
+
+    Raises:
+        EditorError: nothing could be measured.
+    """
+    settings, storage = _open()
+    begun = time.perf_counter()
+    objects = open_objects(storage, base)
+    desk, plan, facts = _open_desk(settings, storage, base, search)
+    done = _read_done(storage, base, search)
+    trials = [trial for item in done for trial in item.trials]
+    if not trials:
+        why = next((item.fault for item in done if item.fault), "nothing was tried")
+        raise EditorError(f"base {base[:12]}: expected a place where edits can be written, found none ({why})")
+    best = choose_best(trials)
+    rivals = choose_rivals(trials, best, _RIVALS)
+    with show_progress("measuring the choice on other edits") as on_progress:
+        apart = Desk(desk.base, desk.moments, facts.validation, settings.evaluate.batch_tokens)
+        validation = []
+        for number, trial in enumerate((best, *rivals)):
+            validation += apart.try_options(trial.prepare, (trial.spread,), (), lambdas=(trial.lam,))
+            on_progress(number + 1, 1 + len(rivals))
+    growth = desk.measure_growth(best, sorted({plan.edits // 4, plan.edits // 2, plan.edits} - {0}))
+    report = CalibrationReport(
+        search=plan,
+        facts=facts,
+        trace=Trace.from_bytes(objects.get(trace)) if trace else None,
+        steps=tuple(done),
+        chosen=best,
+        rivals=tuple(rivals),
+        validation=tuple(validation),
+        growth=tuple(growth),
+        cut_short=cut_short,
+    )
+    stored = objects.put(report.to_bytes())
+    spread = best.spread if len(best.prepare.layers) > 1 else "single"
+    profile = Profile(
+        base=base,
+        prepare=best.prepare,
+        solve=SolveOptions(lam=best.lam, spread=spread, moments=plan.moments),
+        origin=f"measured by errata calibrate on {plan.edits} edits of {facts.source}",
+        max_norm_ratio=set_alarm(growth),
+        calibration=report.write_note(stored),
+    )
+    digest = put_profile(storage, base, profile.to_bytes())
+    drawn = {"curve": draw_curve(report)} | ({"trace": draw_trace(report.trace)} if report.trace else {})
+    figures = store_found(storage, base, datetime.now(UTC), digest, stored, drawn)
+    runs = _open_runs(settings, base, search)
+    note = profile.calibration
+    assert note is not None, "it was written just now"
+    with tempfile.TemporaryDirectory() as temporary:
+        files = [Path(temporary, f"{name}.png") for name in drawn] + [Path(temporary, "profile.json")]
+        for path, data in zip(files, (*drawn.values(), profile.to_bytes()), strict=True):
+            path.write_bytes(data)
+        runs.conclude(
+            {"profile": digest, "layers": list(best.prepare.layers), "site": best.prepare.site, "lam": best.lam, "spread": spread},
+            {f"validation.{name}": value for name, value in _list_metrics(validation[0]).items()},
+            files,
+        )
+    return CalibrationSummary(
+        base=base,
+        profile=digest,
+        source=asked.source,
+        asked=asked.asked,
+        known=asked.known,
+        effects={site: report.trace.measure_effects(site) for site in report.trace.restored} if report.trace else {},
+        prepare=best.prepare,
+        lam=best.lam,
+        spread=spread,
+        chosen=note.chosen,
+        rivals=note.rivals,
+        curve=note.curve,
+        growth=note.growth,
+        max_norm_ratio=profile.max_norm_ratio,
+        foreseen=foresee_norm(growth),
+        edits=plan.edits,
+        steps=len(done),
+        trials=len(trials),
+        cut_short=cut_short,
+        seconds=round(sum(item.seconds for item in done) + time.perf_counter() - begun, 1),
+        figures=tuple(figures),
+        run=runs.run_id,
+        remarks=tuple(remarks),
+    )
+
+
+def _afford_edits(base: Base, moments: Moments, edits: Sequence[Edit], options: PrepareOptions, batch_tokens: int, seconds: float) -> int:
+    """How many of the edits one step may write in so many seconds: doubled as long as the double is likely to do."""
+    count = min(_FEWEST, len(edits))
+    Desk(base, moments, tuple(edits[:_TIMED]), batch_tokens).try_options(options, ("even",), (0.9,))  # pays for what is made once
+    while count < len(edits):
+        begun = time.perf_counter()
+        Desk(base, moments, tuple(edits[:count]), batch_tokens).try_options(options, ("even",), (0.9,))
+        if 2 * (time.perf_counter() - begun) > seconds:
+            break
+        count = min(2 * count, len(edits))
+    return count
+
+
+def _open() -> tuple[Settings, Storage]:
+    settings = load_settings()
+    return settings, open_storage(settings.root)
+
+
+def _find_edits(storage: Storage, base: str, facts: str | None, seed: int) -> tuple[str, list[Edit]]:
+    if facts is not None:
+        edits = [found.edit for found in read_edits(facts) if isinstance(found, Submission)]
+        return facts, edits[:_ASKED]
+    if get_base(storage, base).kind == "builtin":
+        return "the built-in world", make_world().make_edits(_ASKED, seed)
+    return "errata's common facts", make_common_edits(seed)
+
+
+def _read_done(storage: Storage, base: str, search: str) -> list[Done]:
+    return [Done.from_bytes(data) for data in read_steps(storage, base, search)]
+
+
+def _open_desk(settings: Settings, storage: Storage, base: str, search: str) -> tuple[Desk, Search, FactSheet]:
+    return _hold_desk(settings.root, settings.device, settings.evaluate.batch_tokens, base, search)
+
+
+@lru_cache(maxsize=1)
+def _hold_desk(root: str, device: str, batch_tokens: int, base: str, search: str) -> tuple[Desk, Search, FactSheet]:
+    settings, storage = load_settings(root=root, device=device), open_storage(root)
+    objects = open_objects(storage, base)
+    plan = Search.from_bytes(objects.get(search))
+    facts = FactSheet.from_bytes(objects.get(plan.facts))
+    moments = Moments.from_bytes(get_moments(storage, plan.moments))
+    return Desk(load_placed(settings, storage, base), moments, facts.search[: plan.edits], batch_tokens), plan, facts
+
+
+def _open_runs(settings: Settings, base: str, search: str) -> TrialRuns:
+    return TrialRuns(*resolve_tracking(settings.mlflow.tracking_uri, settings.root), base, search)
+
+
+def _show_trial(runs: TrialRuns, step: Step, trial: Trial) -> None:
+    options = trial.prepare.model_dump(mode="json")
+    parameters = {**options, "contexts": len(trial.prepare.contexts), "lam": trial.lam, "spread": trial.spread, "phase": step.phase}
+    name = f"{step.told}, λ {trial.lam:g}, {trial.spread}"
+    runs.record_trial(name, f"{step.digest}/{trial.spread}/{trial.lam:g}", parameters, _list_metrics(trial))
+
+
+def _list_metrics(trial: Trial) -> dict[str, float]:
+    values = {
+        name: getattr(trial, name)
+        for name in ("fit", "reached", "efficacy", "generalization", "specificity", "score", "norm_ratio", "seconds")
+    }
+    return {name: float(value) for name, value in values.items() if value is not None}
