@@ -58,6 +58,7 @@ def prepare_batch(
     remember: Callable[[str, Mapping[str, Sequence[float]]], None],
     on_progress: Progress | None = None,
     groups: Sequence[Sequence[str]] = (),
+    state: State | None = None,
 ) -> PreparedBatch:
     """Pairs of a batch: those of an earlier, interrupted run are reused, the others are made and stored chunk by chunk.
 
@@ -65,6 +66,8 @@ def prepare_batch(
         known: name of a pair (`name_pair`) → pair stored by an earlier run.
         remember: called with (digest of a stored pairs object, name → losses of its rows, in order) right after each write.
         groups: ids of edits that share one pair.
+        state: what the pairs will be added to, without those that leave. Only an editor that is not order-free asks for it: each chunk is
+            prepared on it and on the pairs of the batch that are there already.
     """
     by_id = {edit.edit_id: edit for edit in edits}
     refs: dict[str, PairRef] = {}
@@ -78,12 +81,15 @@ def prepare_batch(
             continue
         refs |= dict.fromkeys(unit, stored.ref)
         losses |= dict(zip(unit, stored.losses, strict=True))
+    ground = None if editor.order_free else editor.merge(state or editor.empty_state(), read_pairs(blobs, sort_refs(refs.values())), None)
     for chunk in _cut(missing):
         asked = [by_id[edit_id] for unit in chunk for edit_id in unit]
-        prepared = editor.prepare(base, asked, _shift_progress(on_progress, len(refs) + len(refused), len(edits)), groups)
+        prepared = editor.prepare(base, asked, _shift_progress(on_progress, len(refs) + len(refused), len(edits)), groups, ground)
         refused |= prepared.refused
         if prepared.pairs is None:
             continue
+        if ground is not None:
+            ground = editor.merge(ground, prepared.pairs, None)
         digest = blobs.put(prepared.pairs.to_bytes())
         left = {edit_id: prepared.notes[edit_id].target_nll for owners in prepared.pairs.owners for edit_id in owners}
         names = [name_pair([by_id[edit_id] for edit_id in owners]) for owners in prepared.pairs.owners]

@@ -38,6 +38,15 @@ class PrepareOptions(BaseModel):
     """Weight of KL(base ‖ now) on the token after the subject."""
     stop_loss: float = Field(default=0.05, ge=0)
     """An edit whose loss falls below this is finished."""
+    keys: Literal["frozen", "cascade"] = "frozen"
+    """Where the keys of layers above the first are read: on the base, or, as published, on the base with the layers below already written,
+    which makes a pair depend on what was live when it was prepared."""
+
+    @model_serializer(mode="wrap")
+    def _omit_frozen(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Options from before there was a choice of keys keep their digest."""
+        content: dict[str, Any] = spell(self)
+        return content if self.keys != "frozen" else {name: value for name, value in content.items() if name != "keys"}
 
     @model_serializer(mode="wrap")
     def _omit_usual(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:

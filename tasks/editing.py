@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from errata.candidates import PreparedBatch, StoredPair, build_candidate, name_pair, prepare_batch
+from errata.candidates import PreparedBatch, StoredPair, build_candidate, load_state, name_pair, prepare_batch, read_pairs
 from errata.editors.base import list_units
 from errata.edits import Edit, canonical_json, digest_of
 from errata.grouping import Placed, Regrouping, regroup
@@ -29,7 +29,7 @@ def prepare_pairs(stream: str, order: str) -> Prepared:
     begun = time.perf_counter()
     model = load_model(settings, opened)
     changed = plan_changes(opened, model, [item.row.edit for item in work.additions], find_replaced(opened, work.additions))
-    known, made = prepare_regrouped(opened, model, changed, {})
+    known, made = prepare_regrouped(opened, model, changed, {}, work.manifest)
     # An edit that is refused may have been in a group: what is left of it gets a pair in the first round.
     record = PreparedRecord(pairs=known, refused=dict(made.refused))
     ready = tuple(edit_id for edit_id in ids if edit_id in made.refs)
@@ -49,7 +49,7 @@ def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]
     planned = [item for item in work.additions if item.row.edit.edit_id in set(rest)]
     leaving = find_replaced(opened, planned)
     changed = plan_changes(opened, model, [item.row.edit for item in planned], leaving)
-    _, made = prepare_regrouped(opened, model, changed, record.pairs)
+    _, made = prepare_regrouped(opened, model, changed, record.pairs, work.manifest)
     candidate = build_candidate(
         opened.objects,
         model.editor,
@@ -93,15 +93,23 @@ def plan_changes(stream: Stream, model: Model, coming: Sequence[Edit], leaving: 
 
 
 def prepare_regrouped(
-    stream: Stream, model: Model, changed: Regrouping, known: Mapping[str, StoredPair]
+    stream: Stream, model: Model, changed: Regrouping, known: Mapping[str, StoredPair], head: str | None
 ) -> tuple[dict[str, StoredPair], PreparedBatch]:
-    """The new pairs, by name and by edit; those that are `known` or were stored by an interrupted run are used again."""
-    scope = digest_preparation(model)
+    """The new pairs, by name and by edit; those that are `known` or were stored by an interrupted run are used again.
+
+    Args:
+        head: digest of the manifest whose state they will be added to; None where that is summed from nothing.
+    """
+    scope = digest_preparation(model, head)
     by_id = {edit.edit_id: edit for edit in changed.edits}
     if any(name_pair([by_id[i] for i in unit]) not in known for unit in list_units(by_id, changed.groups)):
         found = recall_pairs(stream, scope).items()
         stored = {name: StoredPair(ref=PairRef(pairs=pairs, row=row), losses=tuple(losses)) for name, (pairs, row, losses) in found}
         known = {**stored, **known}
+    ground = None
+    if head is not None and not model.editor.order_free:
+        state = load_state(stream.objects, model.editor, read_manifest(stream, head).layers[0].state)
+        ground = model.editor.merge(state, None, read_pairs(stream.objects, changed.remove))
     with show_progress("optimising targets") as on_progress:
         made = prepare_batch(
             stream.objects,
@@ -112,6 +120,7 @@ def prepare_regrouped(
             lambda pairs, losses: remember_pairs(stream, scope, pairs, losses),
             on_progress,
             changed.groups,
+            ground,
         )
     units = list_units(made.refs, changed.groups)
     pairs = {
@@ -127,6 +136,7 @@ def refer(row: EditRow) -> PairRef:
     return PairRef(pairs=row.pairs, row=row.row)
 
 
-def digest_preparation(model: Model) -> str:
-    """What a pair depends on besides its edit."""
-    return digest_of(canonical_json([model.base.digest, model.profile.prepare.digest, model.editor.name, model.editor.version]))[:32]
+def digest_preparation(model: Model, head: str | None) -> str:
+    """What a pair depends on besides its edit: where order matters, also on what it is added to (see `prepare_regrouped`)."""
+    options = [model.base.digest, model.profile.prepare.digest, model.editor.name, model.editor.version]
+    return digest_of(canonical_json(options if model.editor.order_free else [*options, head]))[:32]

@@ -175,7 +175,7 @@ def commit_rebase(stream: str, order: str, prepared: Prepared, rounds: Sequence[
     if not dry_run:
         commit_once(opened, draft)
         if accepted:
-            forget_pairs(opened, digest_preparation(model), sorted({stored.ref.pairs for stored in record.pairs.values()}))
+            forget_pairs(opened, digest_preparation(model, None), sorted({stored.ref.pairs for stored in record.pairs.values()}))
     report = Report.from_bytes(opened.objects.get(last.report))
     return RebaseSummary(
         stream=opened.name,
@@ -202,7 +202,7 @@ def estimate_rebase(settings: Settings, stream: Stream, base: str, profile: str,
     """
     work = _open_work(settings, stream, _draft_order(settings, stream, base, profile, drop_answered))
     known, by_id = _reuse_pairs(stream, work), {edit.edit_id: edit for edit in work.edits}
-    names = known.keys() | recall_pairs(stream, digest_preparation(work.model)).keys()
+    names = known.keys() | recall_pairs(stream, digest_preparation(work.model, None)).keys()
     changed = regroup(work.model.editor, work.model.base, work.edits, [], [])
     units = list_units(by_id, changed.groups)
     missing = [unit for unit in units if name_pair([by_id[edit_id] for edit_id in unit]) not in names]
@@ -210,7 +210,7 @@ def estimate_rebase(settings: Settings, stream: Stream, base: str, profile: str,
     if timed:
         begun = time.perf_counter()
         chosen = tuple(by_id[edit_id] for unit in timed for edit_id in unit)
-        prepare_regrouped(stream, work.model, Regrouping(chosen, (), ()), {})
+        prepare_regrouped(stream, work.model, Regrouping(chosen, (), ()), {}, None)
         seconds = round((time.perf_counter() - begun) / len(timed) * (len(missing) - len(timed)), 1)
     return Estimate(
         edits=len(work.edits),
@@ -269,7 +269,7 @@ def _reuse_pairs(stream: Stream, work: _Work) -> dict[str, StoredPair]:
 def _prepare(
     stream: Stream, work: _Work, edits: Sequence[Edit], known: Mapping[str, StoredPair]
 ) -> tuple[dict[str, StoredPair], PreparedBatch]:
-    return prepare_regrouped(stream, work.model, regroup(work.model.editor, work.model.base, edits, [], []), known)
+    return prepare_regrouped(stream, work.model, regroup(work.model.editor, work.model.base, edits, [], []), known, None)
 
 
 def _conclude(settings: Settings, work: RebaseOrder, last: Round, faults: Mapping[str, str]) -> list[Outcome]:

@@ -61,7 +61,7 @@ def subtract_pairs(stream: str, order: str) -> Round:
     work = WithdrawalOrder.load(opened.objects, order)
     leaving = [opened.resolve_edit(name) for name in work.occurrences]
     changed = plan_changes(opened, model, [], leaving)
-    _, made = prepare_regrouped(opened, model, changed, {})
+    _, made = prepare_regrouped(opened, model, changed, {}, work.manifest)
     if made.refused:
         raise EditorError(
             "; ".join(f"{edit_id}, which shares its pair with a withdrawn edit: {why}" for edit_id, why in made.refused.items())
@@ -157,7 +157,8 @@ def commit_withdrawal(stream: str, order: str, judged: Round, dry_run: bool = Fa
     if not dry_run:
         commit_once(opened, draft)
         if judged.placed:
-            forget_pairs(opened, digest_preparation(load_model(settings, opened)), sorted({ref.pairs for ref in judged.placed.values()}))
+            scope = digest_preparation(load_model(settings, opened), work.manifest)
+            forget_pairs(opened, scope, sorted({ref.pairs for ref in judged.placed.values()}))
     report = Report.from_bytes(opened.objects.get(judged.report))
     return WithdrawalSummary(
         stream=opened.name,

@@ -25,8 +25,6 @@ from errata.profiles import PrepareOptions, Profile, SolveOptions, Spread
 
 _REACHED = 0.5
 """Nats per token of a target up to which its z counts as found."""
-_LAMBDAS = (1e-3, 1e9)
-_HALVINGS = 60
 
 
 class Trial(BaseModel):
@@ -77,7 +75,8 @@ class Desk:
         on_progress: Progress | None = None,
         lambdas: Iterable[float] = (),
     ) -> list[Trial]:
-        """Prepare the edits once and solve them under every spread at the λ that give each of `fits` as their median ρ, and at `lambdas`.
+        """Prepare the edits once and solve them under every spread at the λ that give each of `fits` as their median ρ (under `even`:
+        spreads are compared at equal λ), and at `lambdas`.
 
         Raises:
             EditorError: no edit could be prepared, or a system is singular.
@@ -89,12 +88,11 @@ class Desk:
             reason = next(iter(prepared.refused.values()), "none was given")
             raise EditorError(f"expected edits that can be prepared, found none among {len(self.edits)} ({reason})")
         reached = sum(note.target_nll <= _REACHED for note in prepared.notes.values()) / len(self.edits)
+        found = [editor.find_lambda(prepared.pairs, fit) for fit in fits]
         trials: list[Trial] = []
         for spread in spreads:
-            editor = self._make_editor(prepare, spread, 1.0)
-            found = [find_lambda(editor, prepared.pairs, fit) for fit in fits]
             for lam in dict.fromkeys((*found, *lambdas)):
-                measured = self._measure(editor.at_lambda(lam), prepared.pairs)
+                measured = self._measure(self._make_editor(prepare, spread, lam), prepared.pairs)
                 seconds, begun = time.perf_counter() - begun, time.perf_counter()
                 trials.append(
                     Trial(
@@ -149,8 +147,17 @@ class Desk:
 
     def _make_editor(self, prepare: PrepareOptions, spread: Spread, lam: float) -> D4S:
         chosen: Spread = "single" if len(prepare.layers) == 1 else spread
-        solve = SolveOptions(lam=lam, spread=chosen, moments="")
-        return D4S(Profile(base=self.base.digest, prepare=prepare, solve=solve), self.moments, self.base.layout)
+        return self._editor.change(self._write_profile(prepare, SolveOptions(lam=lam, spread=chosen, moments="")))
+
+    @cached_property
+    def _editor(self) -> D4S:
+        """One that every other comes from, so that C is factored once per layer."""
+        layer = min(self.moments.c)
+        options = PrepareOptions(layers=(layer,))
+        return D4S(self._write_profile(options, SolveOptions(lam=1.0, spread="single", moments="")), self.moments, self.base.layout)
+
+    def _write_profile(self, prepare: PrepareOptions, solve: SolveOptions) -> Profile:
+        return Profile(base=self.base.digest, prepare=prepare, solve=solve)
 
     @cached_property
     def _rewrites(self) -> dict[str, Question]:
@@ -177,20 +184,6 @@ class Desk:
     @cached_property
     def _before(self) -> Mapping[Question, Scored]:
         return score_targets(self.base, self._neighbours, batch_tokens=self.batch_tokens)
-
-
-def find_lambda(editor: D4S, pairs: Pairs, fit: float) -> float:
-    """The λ at which the median ρ of pairs is `fit`, by bisection on its logarithm, since ρ falls as λ grows; where none is, an end of
-    `_LAMBDAS`."""
-    low, high = (torch.tensor(value, dtype=torch.float64).log().item() for value in _LAMBDAS)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        at = editor.at_lambda(torch.tensor(middle, dtype=torch.float64).exp().item())
-        found = at.measure_fits(at.merge(at.empty_state(), pairs, None), pairs).median().item()
-        low, high = (middle, high) if found > fit else (low, middle)
-        if high - low < 0.01:
-            break
-    return float(f"{torch.tensor((low + high) / 2, dtype=torch.float64).exp().item():.3g}")
 
 
 def _said(scored: Scored) -> float:

@@ -183,8 +183,12 @@ class Editor(Protocol[S]):
 
     name: str
     version: str
-    order_free: bool
-    """Whether any order and split of the same pairs gives the same weights."""
+
+    @property
+    def order_free(self) -> bool:
+        """Whether a pair depends on its edits, the base and the profile alone, so that the same edits give the same weights in any order
+        and split. Where it does not, pairs that are stored still add and subtract exactly, in any order."""
+        ...
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -196,9 +200,18 @@ class Editor(Protocol[S]):
         ...
 
     def prepare(
-        self, base: Base, edits: Sequence[Edit], on_progress: Progress | None = None, groups: Sequence[Sequence[str]] = ()
+        self,
+        base: Base,
+        edits: Sequence[Edit],
+        on_progress: Progress | None = None,
+        groups: Sequence[Sequence[str]] = (),
+        state: S | None = None,
     ) -> Prepared:
-        """Pairs: one for each of the `groups`, in which edits share it, one for each edit that is in none."""
+        """Pairs: one for each of the `groups`, in which edits share it, one for each edit that is in none.
+
+        Args:
+            state: what the pairs will be added to. Only an editor that is not order-free looks at it; None is the empty state.
+        """
         ...
 
     def empty_state(self) -> S: ...

@@ -1,21 +1,25 @@
 """D4S as an editor: closed-form weight edits on frozen keys, with sums as the only state (design §5).
 
 The published code (nlpkeg/D4S at c049ea7) keeps its sums in a module global, cannot save or take back anything, and measures upper keys
-under lower updates, which makes them depend on order. Here keys and residuals are read from the base only, so that pairs commute.
+under lower updates, which makes them depend on order. Here keys and residuals are read from the base only, so that pairs commute. Keys as
+published are an option (`cascade`); they are frozen into the pair once they are read, so that sums stay sums.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
 
 from errata.editors.artifacts import WeightDelta
 from errata.editors.base import Pairs, Preparation, Prepared, Progress, list_units
+from errata.editors.d4s.fits import solve_for_fit
 from errata.editors.d4s.groups import group_keys, read_bare_keys
 from errata.editors.d4s.moments import Moments
-from errata.editors.d4s.reading import read_base
+from errata.editors.d4s.reading import read_base, read_keys
 from errata.editors.d4s.rows import EditRows, build_rows
 from errata.editors.d4s.solve import PairSystem, SumSystem, estimate_condition, factor_moments
 from errata.editors.d4s.state import D4SState
@@ -24,7 +28,7 @@ from errata.edits import Edit
 from errata.errors import BaseMismatchError, EditorError, TokenizationError
 from errata.modeling.layout import ModelLayout
 from errata.modeling.loading import Base
-from errata.modeling.patch import require_untouched
+from errata.modeling.patch import attach, require_untouched
 from errata.profiles import Profile
 
 _CHUNK_TOKENS = 4_096
@@ -46,7 +50,6 @@ class D4S:
 
     name = "d4s"
     version = "1"
-    order_free = True
 
     def __init__(self, profile: Profile, moments: Moments, layout: ModelLayout) -> None:
         """
@@ -66,15 +69,25 @@ class D4S:
         self._formed: tuple[D4SState | None, dict[int, PairSystem | SumSystem]] = (None, {})
 
     @property
+    def order_free(self) -> bool:
+        """Every spread is linear in sums over pairs, `d4s_code` too; only keys that are read under lower updates know what came before."""
+        return self._profile.prepare.keys == "frozen"
+
+    @property
     def options(self) -> Mapping[str, Any]:
         return self._profile.solve.model_dump(mode="json")
 
-    def at_lambda(self, lam: float) -> Self:
-        """The same editor with another λ; what C alone decides is shared."""
-        solve = self._profile.solve.model_copy(update={"lam": lam})
-        other = type(self)(self._profile.model_copy(update={"solve": solve}), self._moments, self._layout)
+    def change(self, profile: Profile) -> Self:
+        """An editor of another profile of the same base and second moments. Factors of C, which no profile changes, are shared."""
+        other = type(self)(profile, self._moments, self._layout)
         other._factors = self._factors
         return other
+
+    def find_lambda(self, pairs: Pairs, fit: float) -> float:
+        """The λ at which the median ρ of pairs that are alone in the model would be `fit` under the spread `even`; to three digits."""
+        for layer in pairs.keys:
+            self._factor(layer)
+        return solve_for_fit(pairs.keys, self._factors, fit)
 
     def find_groups(self, base: Base, edits: Sequence[Edit]) -> list[tuple[str, ...]]:
         """See `Editor.find_groups`: edits of one subject whose bare keys are nearly equal.
@@ -93,15 +106,22 @@ class D4S:
         return [tuple(sorted(ids[index] for index in group)) for group in groups if len(group) > 1]
 
     def prepare(
-        self, base: Base, edits: Sequence[Edit], on_progress: Progress | None = None, groups: Sequence[Sequence[str]] = ()
+        self,
+        base: Base,
+        edits: Sequence[Edit],
+        on_progress: Progress | None = None,
+        groups: Sequence[Sequence[str]] = (),
+        state: D4SState | None = None,
     ) -> Prepared:
         """Pairs of edits, read from the base, in chunks that fit in memory.
 
         Args:
             groups: ids of edits that share one pair; all others have one of their own. One that is refused leaves its group.
+            state: what they will be added to; looked at where keys cascade.
 
         Raises:
             BaseMismatchError: the profile is for another base, or the base carries an artifact now.
+            EditorError: keys cascade, and a system of the state cannot be solved.
         """
         self._require_base(base)
         options = self._profile.prepare
@@ -126,7 +146,24 @@ class D4S:
             done += len(told)
             if on_progress:
                 on_progress(done, len(rows))
-        return Prepared(Pairs.concatenate(parts) if notes else None, notes, refused)
+        pairs = Pairs.concatenate(parts) if notes else None
+        if pairs is not None and not self.order_free:
+            pairs = self._cascade(base, pairs, rows, self.empty_state() if state is None else state)
+        return Prepared(pairs, notes, refused)
+
+    def _cascade(self, base: Base, pairs: Pairs, rows: Mapping[str, EditRows], state: D4SState) -> Pairs:
+        """The pairs with the keys of each layer above the first read on the base with the layers below solved for all that is live and for
+        these (nlpkeg/D4S `memit_main.py`; algorithms.md §1.1). The weights of a layer depend on keys up to it alone, so bottom-up each has
+        what it needs; keys further up are still those of the base, and are not looked at."""
+        units = _chunk(rows, pairs.owners)
+        below: dict[int, torch.Tensor] = {}
+        for lower, layer in pairwise(self._profile.prepare.layers):
+            below[lower] = self._solve_layer(self.merge(state, pairs, None), lower, below)
+            written = {self._layout.weight_name(number): delta.float() for number, delta in below.items()}
+            with attach(base, [WeightDelta(base.digest, written)]):
+                parts = [read_keys(base, [[rows[edit_id] for edit_id in unit] for unit in chunk], layer).cpu() for chunk in units]
+            pairs = replace(pairs, keys={**pairs.keys, layer: torch.cat(parts)})
+        return pairs
 
     def empty_state(self) -> D4SState:
         return D4SState.empty(self._profile.base, self._profile.prepare.digest)
@@ -167,13 +204,19 @@ class D4S:
         if state.count == 0:
             return
         below: dict[int, torch.Tensor] = {}
-        for layer, share in self._shares.items():
-            delta = self._form(state, layer).solve(state.read_right(layer, below)) / share
-            if not torch.isfinite(delta).all():
-                raise EditorError(f"layer {layer}: the solved delta is not finite")
+        for layer in self._profile.prepare.layers:
+            delta = self._solve_layer(state, layer, below)
             if self._refreshes:
                 below[layer] = delta
             yield self._layout.weight_name(layer), delta
+
+    def _solve_layer(self, state: D4SState, layer: int, below: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """One layer's ΔW [d_out, d_in] float64, given those below, which `refresh` subtracts. Raises as `solve`."""
+        right = state.read_right(layer, below if self._refreshes else {})
+        delta: torch.Tensor = self._form(state, layer).solve(right) / self._shares[layer]
+        if not torch.isfinite(delta).all():
+            raise EditorError(f"layer {layer}: the solved delta is not finite")
+        return delta
 
     def measure_fits(self, state: D4SState, pairs: Pairs) -> torch.Tensor:
         """ρ of each pair: the fraction of its whole residual r that its own part of the weights realises, `Σ_l X_l k_l` with all other
@@ -252,15 +295,19 @@ class D4S:
             if state.pairs is None:
                 systems[layer] = SumSystem.form(state.kk[layer], c, lam)
             else:
-                if layer not in self._factors:
-                    self._factors[layer] = factor_moments(c)
-                systems[layer] = PairSystem.form(state.pairs.keys[layer], self._factors[layer], lam)
+                systems[layer] = PairSystem.form(state.pairs.keys[layer], self._factor(layer), lam)
         except EditorError as error:
             raise EditorError(f"layer {layer}: {error}") from None
         return systems[layer]
 
+    def _factor(self, layer: int) -> torch.Tensor:
+        """Cholesky factor of one layer's C. Raises EditorError: C is not positive definite."""
+        if layer not in self._factors:
+            self._factors[layer] = factor_moments(self._moments.c[layer])
+        return self._factors[layer]
 
-def _chunk(rows: Mapping[str, EditRows], units: Sequence[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+
+def _chunk(rows: Mapping[str, EditRows], units: Iterable[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
     """Units in their order, cut so that a chunk's padded tokens stay below `_CHUNK_TOKENS`."""
     chunks: list[list[tuple[str, ...]]] = []
     longest, count = 0, 0

@@ -44,7 +44,7 @@ def test_every_place_lies_below_the_last_block(depth: int, site: Site | None) ->
     assert places
     for place in places:
         assert list(place.layers) == list(range(place.layers[0], place.layers[-1] + 1))
-        assert 0 <= place.layers[0] and place.layers[-1] <= depth - 2
+        assert place.layers[0] >= 0 and place.layers[-1] <= depth - 2
 
 
 def test_one_block_is_refused() -> None:

@@ -19,7 +19,9 @@ def measure(step: Step, quality: dict[int, float] | None = None) -> Done:
     """What a world would say in which layers, clamp and λ matter."""
     best = (quality or {}).get(step.prepare.layers[0], 0.5)
     trials = [
-        make_trial(step.prepare, lam=100 * fit, score=best - abs(fit - 0.9) / 5 + (0.05 if step.prepare.clamp == 1.25 else 0), spread=spread)
+        make_trial(
+            step.prepare, lam=100 * fit, score=best - abs(fit - 0.9) / 5 + (0.05 if step.prepare.clamp == 1.25 else 0), spread=spread
+        )
         for spread in step.spreads
         for fit in step.fits
     ]
@@ -37,7 +39,11 @@ def run(quality: dict[int, float], hurry_after: int | None = None) -> list[Done]
 def test_it_tries_every_place_then_varies_the_best_and_ends_with_the_curve() -> None:
     done = run({1: 0.6, 2: 0.9, 0: 0.7})
     phases = [item.step.phase for item in done]
-    assert phases[:3] == ["places"] * 3 and phases[-1] == "curve" and phases == sorted(phases, key=["places", "options", "spread", "curve"].index)
+    assert (
+        phases[:3] == ["places"] * 3
+        and phases[-1] == "curve"
+        and phases == sorted(phases, key=["places", "options", "spread", "curve"].index)
+    )
     best = choose_best([trial for item in done for trial in item.trials])
     assert best.prepare.layers == (2,) and best.prepare.clamp == 1.25
     assert len({item.step.digest for item in done}) == len(done), "nothing is measured twice"
@@ -70,7 +76,11 @@ def test_places_that_cannot_be_measured_are_passed_over() -> None:
 
 
 def test_of_equals_the_one_that_grows_the_weights_less_is_better() -> None:
-    near = make_trial(STARTS[0], score=0.902, norm=3.0), make_trial(STARTS[1], score=0.9, norm=1.2), make_trial(STARTS[2], score=0.8, norm=1.0)
+    near = (
+        make_trial(STARTS[0], score=0.902, norm=3.0),
+        make_trial(STARTS[1], score=0.9, norm=1.2),
+        make_trial(STARTS[2], score=0.8, norm=1.0),
+    )
     assert choose_best(near) == near[1]
     assert choose_rivals(near, near[1], 2) == [near[0], near[2]]
     assert choose_rivals(near, near[1], 1) == [near[0]]
