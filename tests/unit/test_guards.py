@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import AwareDatetime, BaseModel
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("errata", "registry", "tasks", "flows")
@@ -92,7 +92,7 @@ def test_the_registry_is_light_until_mlflow_is_asked_for() -> None:
     assert sorted(loaded & set(HEAVY)) == []
 
 
-PLAIN = (str, int, bool, float, NoneType)
+PLAIN = (str, int, bool, float, NoneType, AwareDatetime)
 
 
 def find_stages() -> Iterator[Any]:
