@@ -52,10 +52,11 @@ def run(
         settings = load_settings()
         start_prefect(settings)
         from flows.calibrate import calibrate_base
-        from tasks.onboarding import place_base
+        from tasks.onboarding import place_base, preserve_text
 
         begun = time.perf_counter()
-        found = calibrate_base(place_base(settings, "builtin").digest, budget_minutes=budget)
+        placed = place_base(settings, "builtin", None)
+        found = calibrate_base(placed.ref.digest, corpus=preserve_text(placed, None), budget_minutes=budget)
         seconds = time.perf_counter() - begun
         storage = open_storage(root)
         profile = Profile.model_validate_json(get_profile(storage, found.base, found.profile))

@@ -1,7 +1,7 @@
 """From stored pairs to a candidate: prepare what is missing, merge, solve. The head and the base are never changed (design §3)."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from errata.editors.base import Blobs, Editor, Pairs, Progress, State, list_unit
 from errata.edits import Edit, canonical_json, digest_of
 from errata.manifests import Change, Layer, Manifest, PairRef, StateRef, extend_recipe, group_changes, read_refs, sort_refs, start_recipe
 from errata.modeling.loading import Base
+
+Remember = Callable[[str, Mapping[str, Sequence[float]]], None]
 
 _CHUNK = 50
 """Edits prepared between two writes: what an interrupted run has to do again."""
@@ -29,15 +31,16 @@ class StoredPair(BaseModel):
     """Of its edits in canonical order: nats per token of the target that are left at z; None where that is not known."""
 
 
-@dataclass(frozen=True)
-class PreparedBatch:
+class PreparedBatch(BaseModel):
     """Where the pairs of a batch are stored, and what became of each edit."""
 
-    refs: Mapping[str, PairRef]
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    refs: dict[str, PairRef] = {}
     """Edit id → its stored pair; edits of one group have the same."""
-    losses: Mapping[str, float | None]
+    losses: dict[str, float | None] = {}
     """Edit id → nats per token of its target that are left at z; None where that is not known."""
-    refused: Mapping[str, str]
+    refused: dict[str, str] = {}
     """Edit id → why no pair can be made."""
 
 
@@ -55,10 +58,11 @@ def prepare_batch(
     base: Base,
     edits: Sequence[Edit],
     known: Mapping[str, StoredPair],
-    remember: Callable[[str, Mapping[str, Sequence[float]]], None],
+    remember: Remember,
     on_progress: Progress | None = None,
     groups: Sequence[Sequence[str]] = (),
     state: State | None = None,
+    spread: Callable[[Sequence[Sequence[Edit]]], Iterable[PreparedBatch]] | None = None,
 ) -> PreparedBatch:
     """Pairs of a batch: those of an earlier, interrupted run are reused, the others are made and stored chunk by chunk.
 
@@ -68,11 +72,12 @@ def prepare_batch(
         groups: ids of edits that share one pair.
         state: what the pairs will be added to, without those that leave. Only an editor that is not order-free asks for it: each chunk is
             prepared on it and on the pairs of the batch that are there already.
+        spread: does to several chunks what `prepare_chunk` does to one, elsewhere; None does it here. Chunks that depend on each other
+            stay here.
     """
     by_id = {edit.edit_id: edit for edit in edits}
     refs: dict[str, PairRef] = {}
     losses: dict[str, float | None] = {}
-    refused: dict[str, str] = {}
     missing: list[tuple[str, ...]] = []
     for unit in list_units(by_id, groups):
         stored = known.get(name_pair([by_id[edit_id] for edit_id in unit]))
@@ -81,23 +86,45 @@ def prepare_batch(
             continue
         refs |= dict.fromkeys(unit, stored.ref)
         losses |= dict(zip(unit, stored.losses, strict=True))
+    chunks = [[by_id[edit_id] for unit in chunk for edit_id in unit] for chunk in _cut(missing)]
     ground = None if editor.order_free else editor.merge(state or editor.empty_state(), read_pairs(blobs, sort_refs(refs.values())), None)
-    for chunk in _cut(missing):
-        asked = [by_id[edit_id] for unit in chunk for edit_id in unit]
-        prepared = editor.prepare(base, asked, _shift_progress(on_progress, len(refs) + len(refused), len(edits)), groups, ground)
-        refused |= prepared.refused
-        if prepared.pairs is None:
-            continue
-        if ground is not None:
-            ground = editor.merge(ground, prepared.pairs, None)
-        digest = blobs.put(prepared.pairs.to_bytes())
-        left = {edit_id: prepared.notes[edit_id].target_nll for owners in prepared.pairs.owners for edit_id in owners}
-        names = [name_pair([by_id[edit_id] for edit_id in owners]) for owners in prepared.pairs.owners]
-        remember(digest, {name: [left[i] for i in owners] for name, owners in zip(names, prepared.pairs.owners, strict=True)})
-        for row, owners in enumerate(prepared.pairs.owners):
-            refs |= dict.fromkeys(owners, PairRef(pairs=digest, row=row))
-        losses |= left
-    return PreparedBatch(refs, losses, refused)
+
+    def prepare_here() -> Iterator[PreparedBatch]:
+        on, done = ground, len(refs)
+        for chunk in chunks:
+            part = prepare_chunk(blobs, editor, base, chunk, remember, _shift_progress(on_progress, done, len(edits)), groups, on)
+            if on is not None:
+                on = editor.merge(on, read_pairs(blobs, sort_refs(part.refs.values())), None)
+            done += len(chunk)
+            yield part
+
+    refused: dict[str, str] = {}
+    for part in spread(chunks) if spread and len(chunks) > 1 and ground is None else prepare_here():
+        refs, losses, refused = refs | part.refs, losses | part.losses, refused | part.refused
+    return PreparedBatch(refs=refs, losses=losses, refused=refused)
+
+
+def prepare_chunk(
+    blobs: Blobs,
+    editor: Editor[Any],
+    base: Base,
+    edits: Sequence[Edit],
+    remember: Remember,
+    on_progress: Progress | None = None,
+    groups: Sequence[Sequence[str]] = (),
+    state: State | None = None,
+) -> PreparedBatch:
+    """Make and store the pairs of a part of a batch, in one object. Arguments as of `prepare_batch`."""
+    by_id = {edit.edit_id: edit for edit in edits}
+    prepared = editor.prepare(base, edits, on_progress, groups, state)
+    if prepared.pairs is None:
+        return PreparedBatch(refused=dict(prepared.refused))
+    digest = blobs.put(prepared.pairs.to_bytes())
+    left = {edit_id: prepared.notes[edit_id].target_nll for owners in prepared.pairs.owners for edit_id in owners}
+    names = [name_pair([by_id[edit_id] for edit_id in owners]) for owners in prepared.pairs.owners]
+    remember(digest, {name: [left[i] for i in owners] for name, owners in zip(names, prepared.pairs.owners, strict=True)})
+    refs = {edit_id: PairRef(pairs=digest, row=row) for row, owners in enumerate(prepared.pairs.owners) for edit_id in owners}
+    return PreparedBatch(refs=refs, losses={**left}, refused=dict(prepared.refused))
 
 
 def name_pair(edits: Sequence[Edit]) -> str:

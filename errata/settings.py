@@ -105,6 +105,17 @@ class WatchSettings(_Section):
     """A notification is not repeated for the same stream within this time."""
 
 
+class ComputeSettings(_Section):
+    """Where the work goes that can be cut into independent parts: second moments, and the targets of big batches."""
+
+    runner: Literal["thread", "ray"] = "thread"
+    """`thread`: this process, one part at a time, or one per GPU. `ray`: a Ray cluster, one GPU per part where it has any; needs the extra
+    `ray`, and a root and a Prefect server that every machine of it reaches."""
+    address: str | None = None
+    """Of a running cluster, such as `auto` or `ray://host:10001`. None: the one that `RAY_ADDRESS` names, else one of this machine, for the
+    length of the work."""
+
+
 class MlflowSettings(_Section):
     tracking_uri: str | None = None
     """None: `MLFLOW_TRACKING_URI` where set, else a SQLite store inside a local root, else `mlflow.db` in the working directory."""
@@ -141,6 +152,7 @@ class Settings(BaseSettings):
     evaluate: EvaluateSettings = EvaluateSettings()
     keep: KeepSettings = KeepSettings()
     gc: GcSettings = GcSettings()
+    compute: ComputeSettings = ComputeSettings()
     mlflow: MlflowSettings = MlflowSettings()
     policy: PolicySettings = PolicySettings()
     watch: WatchSettings = WatchSettings()

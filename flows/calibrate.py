@@ -6,9 +6,10 @@ import time
 from prefect import flow
 
 from errata.calibration.summary import CalibrationSummary
+from errata.corpus import MAKESHIFT
+from flows.measure import measure_moments
 from tasks._task import tell_run
 from tasks.calibrating import ask_base, conclude_search, open_search, propose_starts, take_step, trace_base
-from tasks.onboarding import measure_base
 
 _AHEAD = 4
 """Steps that must still fit into the budget for another one to be begun: itself, the curve over λ, and measuring the choice."""
@@ -18,7 +19,7 @@ _AHEAD = 4
 def calibrate_base(
     base: str,
     facts: str | None = None,
-    corpus: str | None = None,
+    corpus: str = MAKESHIFT,
     budget_minutes: float = 5.0,
     edits: int | None = None,
     seed: int = 0,
@@ -28,7 +29,7 @@ def calibrate_base(
     Args:
         base: digest of a base that the root holds (`tasks.onboarding.place_base`).
         facts: file of edits whose target_true the base may know; by default the project's own facts.
-        corpus: text whose keys are to be preserved; by default the project's own.
+        corpus: text whose keys are to be preserved, a file or folder, or a name of `errata.corpus`.
         budget_minutes: the search ends about then, with what it has.
         edits: written in each trial; by default as many as the budget is likely to bear.
         seed: of contexts, noise, and the project's own facts.
@@ -46,7 +47,12 @@ def calibrate_base(
         )
     trace = trace_base(base, asked.sheet, seed) if asked.traced else None
     starts = propose_starts(base, trace, seed)
-    moments = measure_base(base, sorted({layer for start in starts for layer in start.layers}), corpus)
+    if corpus == MAKESHIFT:
+        remarks.append(
+            "No corpus was given: what is preserved was measured on a few generated sentences. With text like that which the model is used "
+            "for (--corpus), edits disturb less."
+        )
+    moments = measure_moments(base, sorted({layer for start in starts for layer in start.layers}), corpus, seed=seed)
     search = open_search(base, asked.sheet, starts, moments, budget_minutes, edits)
     while True:
         hurry = time.monotonic() - begun + _AHEAD * longest > 60 * budget_minutes

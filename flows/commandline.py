@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,14 @@ REFUSED = 3
 
 StreamName = Annotated[str | None, typer.Option("--stream", "-s", help="Stream; the default is in errata.toml.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CorpusPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--corpus",
+        metavar="FILE|DIR",
+        help="What the model must go on knowing: text, a passage per line, or JSONL with the field 'text'.",
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 out = Console()

@@ -22,6 +22,7 @@ from flows import (
     console_keep,
     console_longrun,
     console_merge,
+    console_moments,
     console_rebase,
     console_replay,
     console_report,
@@ -35,6 +36,7 @@ from flows.commandline import (
     EPILOG,
     REFUSED,
     AsJson,
+    CorpusPath,
     StreamName,
     Yes,
     confirm,
@@ -88,7 +90,7 @@ def init(
     base: Annotated[str, typer.Option(help="'builtin', a model folder, or a Hugging Face id.")] = "builtin",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
     profile: Annotated[Path | None, typer.Option(help="JSON file with `prepare` options and `lam`.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Text file, one passage per line: what the model must go on knowing.")] = None,
+    corpus: CorpusPath = None,
 ) -> None:
     """Make a stream: load the base, measure its second moments, write the first commit."""
     settings = load_settings(stream=stream)
@@ -369,6 +371,7 @@ console_undo.add_commands(app)
 console_calibrate.add_commands(app)
 console_approval.add_commands(app)
 console_merge.add_commands(app)
+console_moments.add_commands(app)
 console_rebase.add_commands(app)
 console_replay.add_commands(app)
 console_longrun.add_commands(app)

@@ -49,12 +49,11 @@ def calibrate(
             raise InputError(f"{path}: expected a file or folder, found none")
     settings = load_settings()
     start_prefect(settings)
-    from tasks.onboarding import place_base
-
-    placed = place_base(settings, base, revision=revision)
     from flows.calibrate import calibrate_base
+    from tasks.onboarding import place_base, preserve_text
 
-    found = calibrate_base(placed.digest, facts and str(facts), corpus and str(corpus), budget, edits, seed)
+    placed = place_base(settings, base, revision)
+    found = calibrate_base(placed.ref.digest, facts and str(facts), preserve_text(placed, corpus), budget, edits, seed)
     told = found.model_dump(mode="json")
     if as_json:
         print_json(told)

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from flows import views
-from flows.commandline import EPILOG, REFUSED, AsJson, Yes, confirm, open_here, out, print_json
+from flows.commandline import EPILOG, REFUSED, AsJson, CorpusPath, Yes, confirm, open_here, out, print_json
 from flows.prefect_server import start_prefect
 
 
@@ -21,7 +21,7 @@ def rebase(
     base: Annotated[str | None, typer.Option(help="'builtin', a model folder, or a Hugging Face id; its own base without one.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
     profile: Annotated[Path | None, typer.Option(help="JSON file with `prepare` options and `lam`.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Text file, one passage per line: what the model must go on knowing.")] = None,
+    corpus: CorpusPath = None,
     drop_answered: Annotated[bool, typer.Option("--drop-answered", help="Take back edits that the base answers without them.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Prepare, evaluate and decide; commit nothing.")] = False,
     yes: Yes = False,

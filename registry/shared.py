@@ -3,6 +3,7 @@
 shared/bases/<digest>/<file>                        a folder base's files, copied once
 shared/bases/<digest>.json                          its BaseRef, written last: a copy that was cut short is never seen
 shared/moments/<sha256>                             second moments
+shared/moments-parts/<plan>/…                       what they are made of while they are measured: `registry.shards`
 shared/profiles/<base digest>/<sha256>.json         profiles, in canonical JSON
 """
 
@@ -155,6 +156,10 @@ def fetch_base(storage: Storage, digest: str, cache: Path) -> Path:
 def put_moments(storage: Storage, data: bytes) -> str:
     """Store second moments; their digest."""
     return ObjectStore(storage, "shared/moments").put(data)
+
+
+def has_moments(storage: Storage, digest: str) -> bool:
+    return ObjectStore(storage, "shared/moments").exists(digest)
 
 
 def get_moments(storage: Storage, digest: str) -> bytes:

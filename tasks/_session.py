@@ -1,5 +1,9 @@
 """What a stage needs at hand: the stream at its head and, where it touches weights, the base and the editor."""
 
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,23 +54,38 @@ def load_under(settings: Settings, stream: Stream, manifest: Manifest) -> Model:
 
 def load_named(settings: Settings, storage: Storage, base_digest: str, profile_digest: str, editor: str) -> Model:
     """As `load_model`, for what a root holds under these digests."""
-    ref, folder, base = _open_placed(settings, storage, base_digest)
+    ref, folder, base = find_stored(settings, storage, base_digest, settings.device)
     profile = Profile.model_validate_json(get_profile(storage, base_digest, profile_digest))
     moments = Moments.from_bytes(get_moments(storage, profile.solve.moments))
     return Model(ref, folder, base, profile, make_editor(editor, profile, moments, base.layout))
 
 
-def load_placed(settings: Settings, storage: Storage, base_digest: str) -> Base:
-    """A base that a root holds, kept in memory for the stages that follow."""
-    return _open_placed(settings, storage, base_digest)[2]
-
-
-def _open_placed(settings: Settings, storage: Storage, base_digest: str) -> tuple[BaseRef, Path | None, Base]:
+def find_stored(settings: Settings, storage: Storage, digest: str, device: str) -> tuple[BaseRef, Path | None, Base]:
+    """A base that a root holds, with its local files if it has any; it stays in memory, with a copy for each device it was asked for on,
+    until another base is wanted."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    ref = get_base(storage, base_digest)
-    folder = None if ref.kind == "hub" else fetch_base(storage, base_digest, settings.cache)
-    return ref, folder, _hold_base(str(folder or ref.source), ref.revision, settings.device, base_digest)
+    ref = get_base(storage, digest)
+    folder = None if ref.kind == "hub" else fetch_base(storage, digest, settings.cache)
+    with _loading:
+        copies = _hold_copies(digest)
+        if device not in copies:
+            quiet_transformers()
+            copies[device] = load_base(str(folder or ref.source), revision=ref.revision, device=device, expect=digest)
+        return ref, folder, copies[device]
+
+
+def keep_loaded(base: Base, device: str) -> None:
+    """Let the stages that follow have a base that is in memory already."""
+    with _loading:
+        _hold_copies(base.digest)[device] = base
+
+
+@contextmanager
+def occupy(device: str) -> Iterator[None]:
+    """Be the only one in this process whose hooks hang on the base's copy on a device."""
+    with _occupied[device]:
+        yield
 
 
 def quiet_transformers() -> None:
@@ -79,8 +98,12 @@ def read_manifest(stream: Stream, digest: str) -> Manifest:
     return Manifest.from_bytes(stream.objects.get(digest))
 
 
+_loading = threading.Lock()
+_occupied: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+
 @lru_cache(maxsize=1)
-def _hold_base(source: str, revision: str | None, device: str, digest: str) -> Base:
+def _hold_copies(digest: str) -> dict[str, Base]:
+    """Device → the base of this digest; filled by whoever loads it."""
     # Safe to share between stages: a base is frozen, and artifacts are attached for the length of a block only.
-    quiet_transformers()
-    return load_base(source, revision=revision, device=device, expect=digest)
+    return {}

@@ -63,6 +63,8 @@ def _tell(function: Callable[P, R]) -> Callable[P, R]:
     def told(*values: P.args, **options: P.kwargs) -> R:
         given = signature.bind(*values, **options).arguments
         fields = {"stage": function.__name__, "stream": given.get("stream"), "batch": _name_batch(given), "commit": None}
+        if "shard" in given:
+            fields["shard"] = given["shard"]
         begun = time.perf_counter()
         try:
             result = function(*values, **options)
@@ -73,6 +75,8 @@ def _tell(function: Callable[P, R]) -> Callable[P, R]:
         fields["batch"] = fields["batch"] or _name_batch({function.__name__.partition("_")[0]: result})
         outcome = "done" if signature.return_annotation is None else _name_outcome(result)
         fields |= {"commit": getattr(result, "commit", None), "seconds": _since(begun), "outcome": outcome}
+        if (tokens := getattr(result, "tokens", None)) is not None:
+            fields["tokens"] = tokens
         _tell_stage(logging.INFO, fields)
         return result
 

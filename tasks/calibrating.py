@@ -31,7 +31,7 @@ from registry.shared import get_base, get_moments, put_profile
 from registry.storage.base import Storage, open_storage
 from registry.trials import TrialRuns
 from tasks._progress import show_progress
-from tasks._session import load_placed
+from tasks._session import find_stored
 from tasks._task import stage
 
 _ASKED = 400
@@ -60,7 +60,7 @@ def ask_base(base: str, facts: str | None, seed: int) -> Asked:
     """
     settings, storage = _open()
     source, edits = _find_edits(storage, base, facts, seed)
-    model = load_placed(settings, storage, base)
+    model = _load(settings, storage, base)
     with show_progress("asking the base") as on_progress:
         told = ask_facts(model, edits, settings.evaluate.batch_tokens, lambda _stage, done, total: on_progress(done, total))
     enough = len(told.known) >= ENOUGH
@@ -89,7 +89,7 @@ def trace_base(base: str, sheet: str, seed: int) -> str:
     settings, storage = _open()
     objects = open_objects(storage, base)
     facts = FactSheet.from_bytes(objects.get(sheet))
-    model = load_placed(settings, storage, base)
+    model = _load(settings, storage, base)
     with show_progress("causal trace") as on_progress:
         trace = trace_facts(model, facts.traced, seed=seed, batch_tokens=settings.evaluate.batch_tokens, on_progress=on_progress)
     return objects.put(trace.to_bytes())
@@ -99,7 +99,7 @@ def trace_base(base: str, sheet: str, seed: int) -> str:
 def propose_starts(base: str, trace: str | None, seed: int) -> list[PrepareOptions]:
     """The places to try, each with options to begin with: published ones first where the family has any."""
     settings, storage = _open()
-    model = load_placed(settings, storage, base)
+    model = _load(settings, storage, base)
     depth = model.layout.count_layers(model.model)
     if depth < 2:
         raise InputError(
@@ -125,7 +125,7 @@ def open_search(base: str, sheet: str, starts: Sequence[PrepareOptions], moments
     facts = FactSheet.from_bytes(objects.get(sheet))
     count = min(edits or _SEARCH, len(facts.search))
     if edits is None:
-        held = load_placed(settings, storage, base), Moments.from_bytes(get_moments(storage, moments))
+        held = _load(settings, storage, base), Moments.from_bytes(get_moments(storage, moments))
         count = _afford_edits(*held, facts.search[:count], starts[0], settings.evaluate.batch_tokens, _SHARE * budget_minutes * 60 / _STEPS)
     search = Search(base=base, moments=moments, facts=sheet, edits=count, starts=tuple(starts))
     return objects.put(search.to_bytes())
@@ -265,6 +265,10 @@ def _open() -> tuple[Settings, Storage]:
     return settings, open_storage(settings.root)
 
 
+def _load(settings: Settings, storage: Storage, base: str) -> Base:
+    return find_stored(settings, storage, base, settings.device)[2]
+
+
 def _find_edits(storage: Storage, base: str, facts: str | None, seed: int) -> tuple[str, list[Edit]]:
     if facts is not None:
         edits = [found.edit for found in read_edits(facts) if isinstance(found, Submission)]
@@ -289,7 +293,7 @@ def _hold_desk(root: str, device: str, batch_tokens: int, base: str, search: str
     plan = Search.from_bytes(objects.get(search))
     facts = FactSheet.from_bytes(objects.get(plan.facts))
     moments = Moments.from_bytes(get_moments(storage, plan.moments))
-    return Desk(load_placed(settings, storage, base), moments, facts.search[: plan.edits], batch_tokens), plan, facts
+    return Desk(_load(settings, storage, base), moments, facts.search[: plan.edits], batch_tokens), plan, facts
 
 
 def _open_runs(settings: Settings, base: str, search: str) -> TrialRuns:

@@ -2,19 +2,31 @@
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
-from errata.candidates import PreparedBatch, StoredPair, build_candidate, load_state, name_pair, prepare_batch, read_pairs
+from errata.candidates import (
+    PreparedBatch,
+    StoredPair,
+    build_candidate,
+    load_state,
+    name_pair,
+    prepare_batch,
+    prepare_chunk,
+    read_pairs,
+)
 from errata.editors.base import list_units
 from errata.edits import Edit, canonical_json, digest_of
 from errata.grouping import Placed, Regrouping, regroup
 from errata.manifests import PairRef
 from errata.rounds import Prepared, PreparedRecord, Round
+from errata.settings import load_settings
 from registry.fold import EditRow
 from registry.orders import Order, Planned
 from registry.prepared import recall_pairs, remember_pairs
 from registry.stream import Stream
 from tasks._progress import show_progress
-from tasks._session import Model, load_model, open_named, read_manifest
+from tasks._session import Model, load_model, load_named, open_named, read_manifest
+from tasks._spreading import spread
 from tasks._task import stage
 
 
@@ -110,6 +122,7 @@ def prepare_regrouped(
     if head is not None and not model.editor.order_free:
         state = load_state(stream.objects, model.editor, read_manifest(stream, head).layers[0].state)
         ground = model.editor.merge(state, None, read_pairs(stream.objects, changed.remove))
+    spread_out = partial(_spread_chunks, stream.name, model, changed.groups) if load_settings().compute.runner == "ray" else None
     with show_progress("optimising targets") as on_progress:
         made = prepare_batch(
             stream.objects,
@@ -121,6 +134,7 @@ def prepare_regrouped(
             on_progress,
             changed.groups,
             ground,
+            spread_out,
         )
     units = list_units(made.refs, changed.groups)
     pairs = {
@@ -128,6 +142,36 @@ def prepare_regrouped(
         for unit in units
     }
     return pairs, made
+
+
+@stage
+def prepare_part(stream: str, base: str, profile: str, edits: Sequence[Edit], groups: Sequence[Sequence[str]]) -> PreparedBatch:
+    """Keys and residuals of a part of a batch, stored and noted: what another process does for `prepare_regrouped`.
+
+    Args:
+        base, profile: digests of what the pairs are prepared on, which need not be the head's.
+        groups: ids of edits that share one pair.
+    """
+    settings, opened = open_named(stream)
+    model = load_named(settings, opened.storage, base, profile, opened.head.editors[0])
+    scope = digest_preparation(model)
+    return prepare_chunk(
+        opened.objects,
+        model.editor,
+        model.base,
+        edits,
+        lambda pairs, losses: remember_pairs(opened, scope, pairs, losses),
+        groups=groups,
+    )
+
+
+def _spread_chunks(stream: str, model: Model, groups: Sequence[Sequence[str]], chunks: Sequence[Sequence[Edit]]) -> list[PreparedBatch]:
+    shared = {"stream": stream, "base": model.base.digest, "profile": model.profile.digest}
+    calls = []
+    for chunk in chunks:
+        ids = {edit.edit_id for edit in chunk}
+        calls.append({**shared, "edits": list(chunk), "groups": [list(group) for group in groups if ids.intersection(group)]})
+    return spread(prepare_part, calls)
 
 
 def refer(row: EditRow) -> PairRef:

@@ -1,6 +1,6 @@
 """A new stream: base, second moments, profile, first commit. Plain functions: nothing here is scheduled."""
 
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,27 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from errata.builtin import BUILTIN, ensure_builtin
 from errata.candidates import start_manifest
+from errata.corpus import MAKESHIFT, WORLD, find_corpus
 from errata.editors.base import Editor
 from errata.editors.catalogue import make_editor
-from errata.editors.d4s.moments import Moments, collect_moments
+from errata.editors.d4s.moments import Moments
 from errata.errors import InputError, ModelError, SettingsError
 from errata.modeling.loading import Base, load_base
 from errata.profiles import PrepareOptions, Profile, SolveOptions
-from errata.settings import Settings, load_settings
+from errata.settings import Settings
 from errata.suggestions import BUILTIN_SUGGESTION, Suggestion, suggest_profile
 from errata.validation import explain_errors
-from errata.world import make_world
 from registry.events import InitCommit
-from registry.shared import BaseRef, get_base, get_moments, put_base, put_moments, put_profile
+from registry.shared import BaseRef, get_moments, put_base, put_moments, put_profile
 from registry.storage.base import Storage, check_create_if_absent, open_storage
 from registry.stream import Stream, create_stream
 from tasks._progress import show_progress
-from tasks._session import load_model, load_placed, quiet_transformers
-from tasks._task import stage
+from tasks._session import keep_loaded, load_model, quiet_transformers
 from tasks.committing import describe_writer
+from tasks.measuring import measure_here
 
 BUILTIN_NAME = "builtin"
-_MOMENT_TOKENS = 100_000
-"""Keys counted for second moments; more change them little at the widths that run on a CPU."""
+_LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
 
 class ProfileFile(BaseModel):
@@ -74,7 +73,7 @@ def start_stream(
         source: `builtin`, a folder, or a Hugging Face id.
         revision: of a hub id; None pins the newest.
         profile: JSON of a `ProfileFile`; None takes the one suggested for the family.
-        corpus: text file, one passage per line, for second moments; not needed for the built-in base.
+        corpus: text or JSONL file, or a folder of them (`errata.corpus.open_corpus`), for second moments; not needed for the built-in base.
 
     Raises:
         InputError: the stream exists, or the base cannot be used without a profile or corpus that was not given.
@@ -83,7 +82,7 @@ def start_stream(
     """
     storage = open_storage(settings.root)
     check_create_if_absent(storage)
-    placed = place_profile(storage, find_base(settings, source, revision), profile, corpus)
+    placed = place_profile(storage, settings.cache, find_base(settings, source, revision), profile, corpus)
     manifest = start_manifest(placed.editor, placed.ref.digest, placed.profile)
     init = InitCommit(
         seq=0,
@@ -112,13 +111,15 @@ def place_target(
     if source is None and profile is None:
         raise InputError("rebase: expected another base (--base) or another profile (--profile), found neither")
     if source is not None:
-        return place_profile(stream.storage, find_base(settings, source, revision), profile, corpus)
+        return place_profile(stream.storage, settings.cache, find_base(settings, source, revision), profile, corpus)
     model = load_model(settings, stream)
     own = Moments.from_bytes(get_moments(stream.storage, model.profile.solve.moments))
-    return place_profile(stream.storage, Source(model.ref, model.folder, model.base), profile, corpus, own)
+    return place_profile(stream.storage, settings.cache, Source(model.ref, model.folder, model.base), profile, corpus, own)
 
 
-def place_profile(storage: Storage, found: Source, profile: Path | None, corpus: Path | None, own: Moments | None = None) -> Placed:
+def place_profile(
+    storage: Storage, cache: Path, found: Source, profile: Path | None, corpus: Path | None, own: Moments | None = None
+) -> Placed:
     """Store a base and a profile for it, with second moments that are measured unless `own` will do.
 
     Raises:
@@ -128,7 +129,8 @@ def place_profile(storage: Storage, found: Source, profile: Path | None, corpus:
     if own is not None and corpus is None and set(chosen.prepare.layers) <= set(own.c):
         moments = own
     else:
-        moments = measure_moments(found.base, chosen.prepare.layers, read_corpus(found, corpus))
+        name = choose_corpus(found, corpus)
+        moments = measure_here(storage, found.base, chosen.prepare.layers, name, find_corpus(name, cache))
     ref = put_base(storage, found.ref, found.folder)
     spread = "even" if len(chosen.prepare.layers) > 1 else "single"
     solve = SolveOptions(lam=chosen.lam, spread=spread, moments=put_moments(storage, moments.to_bytes()))
@@ -137,35 +139,28 @@ def place_profile(storage: Storage, found: Source, profile: Path | None, corpus:
     return Placed(ref, put_profile(storage, ref.digest, made.to_bytes()), editor)
 
 
-def place_base(settings: Settings, source: str, *, revision: str | None = None) -> BaseRef:
-    """Store a base that no stream stands on yet.
+def place_base(settings: Settings, source: str, revision: str | None) -> Source:
+    """Store a base, for what works on it without a stream.
 
     Raises:
-        InputError, ModelError, StorageError: as `start_stream`.
+        StorageError: the root cannot hold it. Else as `find_base`.
     """
     storage = open_storage(settings.root)
     check_create_if_absent(storage)
     found = find_base(settings, source, revision)
-    return put_base(storage, found.ref, found.folder)
+    return Source(put_base(storage, found.ref, found.folder), found.folder, found.base)
 
 
 def find_base(settings: Settings, source: str, revision: str | None) -> Source:
-    """Load the base a user named; the built-in one is trained if the cache has none."""
-    quiet_transformers()
-    if source == BUILTIN_NAME:
-        with show_progress("training the built-in base") as on_progress:
-            folder = ensure_builtin(BUILTIN, settings.cache, lambda done, total, _: on_progress(done, total))
-        base = load_base(folder, device=settings.device)
-        return Source(BaseRef(kind="builtin", source=BUILTIN.digest, digest=base.digest), folder, base)
-    path = Path(source)
-    if path.is_dir():
-        base = load_base(path, device=settings.device)
-        return Source(BaseRef(kind="folder", source=str(path.resolve()), digest=base.digest), path, base)
-    if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise InputError(f"base: expected '{BUILTIN_NAME}', a model folder or a Hugging Face id, found {source!r}, which is none of them")
-    pinned = revision or _pin_revision(source)
-    base = load_base(source, revision=pinned, device=settings.device)
-    return Source(BaseRef(kind="hub", source=source, revision=pinned, digest=base.digest), None, base)
+    """Load the base a user named; the built-in one is trained if the cache has none. It stays in memory for what follows.
+
+    Raises:
+        InputError: it names nothing that could be a base.
+        ModelError: the base cannot be loaded.
+    """
+    found = _load_source(settings, source, revision)
+    keep_loaded(found.base, settings.device)
+    return found
 
 
 def choose_profile(found: Source, path: Path | None) -> Suggestion:
@@ -192,29 +187,61 @@ def choose_profile(found: Source, path: Path | None) -> Suggestion:
     return suggested
 
 
-def read_corpus(found: Source, path: Path | None) -> list[str]:
-    """Passages whose keys are to be preserved.
+def choose_layers(found: Source, spelled: str | None) -> list[int]:
+    """Layers as a user wrote them, such as `3-8` or `3,5`; else those of the family's published values; else all.
 
     Raises:
-        InputError: none given for a base of the user's own, or the file holds no text.
+        InputError: they are no layers of this base.
     """
-    if path is None:
-        if found.ref.kind != "builtin":
-            named = found.ref.source
-            raise InputError(f"corpus: expected a text file of what {named!r} must go on knowing (--corpus FILE), found none")
-        return make_world().corpus(seed=0)
-    try:
-        passages = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected a readable UTF-8 text file ({error})") from None
-    if not passages:
-        raise InputError(f"{path}: expected some text, found an empty file")
-    return passages
+    depth = found.base.layout.count_layers(found.base.model)
+    if spelled is None:
+        suggested = BUILTIN_SUGGESTION if found.ref.kind == "builtin" else suggest_profile(found.base.model.config.model_type, depth)
+        return list(suggested.prepare.layers) if suggested else list(range(depth))
+    layers: set[int] = set()
+    for part in spelled.split(","):
+        if not (match := _LAYERS.fullmatch(part.strip())) or not (chosen := range(int(match[1]), int(match[2] or match[1]) + 1)):
+            raise InputError(f"layers: expected numbers and ranges such as 3-8 or 3,5, found {spelled!r}")
+        layers.update(chosen)
+    if max(layers) >= depth:
+        raise InputError(f"layers: expected 0 to {depth - 1}, as this base has them, found {max(layers)}")
+    return sorted(layers)
 
 
-def measure_moments(base: Base, layers: Sequence[int], texts: Sequence[str]) -> Moments:
-    with show_progress("second moments (tokens)") as on_progress:
-        return collect_moments(base, layers, texts, max_tokens=_MOMENT_TOKENS, on_progress=on_progress)
+def choose_corpus(found: Source, path: Path | None) -> str:
+    """What holds the passages whose keys are to be preserved: the user's text, or the built-in world for its base.
+
+    Raises:
+        InputError: none given for a base of the user's own.
+    """
+    if path is not None:
+        return str(path)
+    if found.ref.kind != "builtin":
+        named = found.ref.source
+        raise InputError(f"corpus: expected text that {named!r} must go on knowing (--corpus FILE|DIR), found none")
+    return WORLD
+
+
+def preserve_text(found: Source, path: Path | None) -> str:
+    """As `choose_corpus`; a makeshift for a base of the user's own without a text."""
+    return MAKESHIFT if path is None and found.ref.kind != "builtin" else choose_corpus(found, path)
+
+
+def _load_source(settings: Settings, source: str, revision: str | None) -> Source:
+    quiet_transformers()
+    if source == BUILTIN_NAME:
+        with show_progress("training the built-in base") as on_progress:
+            folder = ensure_builtin(BUILTIN, settings.cache, lambda done, total, _: on_progress(done, total))
+        base = load_base(folder, device=settings.device)
+        return Source(BaseRef(kind="builtin", source=BUILTIN.digest, digest=base.digest), folder, base)
+    path = Path(source)
+    if path.is_dir():
+        base = load_base(path, device=settings.device)
+        return Source(BaseRef(kind="folder", source=str(path.resolve()), digest=base.digest), path, base)
+    if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise InputError(f"base: expected '{BUILTIN_NAME}', a model folder or a Hugging Face id, found {source!r}, which is none of them")
+    pinned = revision or _pin_revision(source)
+    base = load_base(source, revision=pinned, device=settings.device)
+    return Source(BaseRef(kind="hub", source=source, revision=pinned, digest=base.digest), None, base)
 
 
 def _pin_revision(source: str) -> str:
@@ -226,13 +253,3 @@ def _pin_revision(source: str) -> str:
     if revision is None:
         raise ModelError(f"base: the hub names no revision of {source!r}; pin one with --revision")
     return revision
-
-
-@stage
-def measure_base(base: str, layers: Sequence[int], corpus: str | None) -> str:
-    """Second moments of a base that the root holds; their digest."""
-    settings = load_settings()
-    storage = open_storage(settings.root)
-    ref, model = get_base(storage, base), load_placed(settings, storage, base)
-    texts = read_corpus(Source(ref, None, model), Path(corpus) if corpus else None)
-    return put_moments(storage, measure_moments(model, layers, texts).to_bytes())

@@ -15,6 +15,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """As `encode_prompt`, for many at once: a fast tokenizer then uses all cores."""
+    rows: list[list[int]] = tokenizer(list(texts)).input_ids
+    return rows
+
+
 def encode_target(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
     """Ids of a target as it continues a prompt: one leading space in the text, no special tokens.
 

@@ -37,6 +37,22 @@ def trace_inputs(modules: Mapping[Any, nn.Module], capture: Capture, *, stop: bo
 
 
 @contextmanager
+def visit_inputs(modules: Mapping[Any, nn.Module], visit: Callable[[Any, torch.Tensor], None], *, stop: bool = False) -> Iterator[None]:
+    """As `trace_inputs`, but keep nothing: `visit` is called with key and input as soon as a module is reached."""
+    seen = _Found(len(modules) if stop else None)
+
+    def hook_for(key: Any) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            visit(key, args[0])
+            seen.take(key, args[0].new_empty(0))
+
+        return hook
+
+    with _hooked([module.register_forward_pre_hook(hook_for(key)) for key, module in modules.items()]):
+        yield
+
+
+@contextmanager
 def capture_outputs(modules: Mapping[Any, nn.Module], *, stop: bool = False) -> Iterator[dict[Any, torch.Tensor]]:
     """Collect the output tensor of each module while the block runs a forward pass.
 
