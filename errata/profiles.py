@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from errata.edits import canonical_json, digest_of
+from errata.errors import InputError
+
+Spread = Literal["single", "even", "refresh", "d4s_code"]
 
 
 class PrepareOptions(BaseModel):
@@ -66,7 +69,7 @@ class SolveOptions(BaseModel):
 
     lam: float = Field(gt=0)
     """λ: the weight of the preserved keys, as a pseudo-count of keys, since C is a mean."""
-    spread: Literal["single", "even", "refresh", "d4s_code"]
+    spread: Spread
     """How L layers share the residual: `single` is for one layer; `even` asks each for 1/L of it; `refresh` asks each, bottom-up, for
     1/L, 1/(L−1), …, 1 of what those below leave; `d4s_code` for the same shares of all of it, as published: H_L times the residual."""
     moments: str
@@ -110,3 +113,15 @@ class Profile(BaseModel):
     @property
     def digest(self) -> str:
         return digest_of(self.to_bytes())
+
+
+def require_same_pairs(own: Profile, other: Profile) -> None:
+    """Raises InputError where pairs that were prepared under one profile are none under the other."""
+    if own.base != other.base:
+        raise InputError(f"adopt: expected a profile of base {own.base[:12]}, found one of {other.base[:12]}; `errata rebase` goes there")
+    ours, theirs = own.prepare.model_dump(mode="json"), other.prepare.model_dump(mode="json")
+    if differing := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise InputError(
+            f"adopt: expected the prepare part that the stream's pairs were made with, found another ({', '.join(differing)}); "
+            "`errata rebase --profile` prepares them anew"
+        )
