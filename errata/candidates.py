@@ -232,7 +232,7 @@ def take_snapshot(ref: StateRef, snapshot: str) -> StateRef:
 
 @dataclass(frozen=True)
 class Restart:
-    """A state that was summed from nothing, and a recipe that begins there."""
+    """A state in one piece, from which a stream goes on, and its recipe."""
 
     state: Any
     recipe: str
@@ -256,15 +256,33 @@ def restart_state(blobs: Blobs, editor: Editor[Any], base: str, profile: str, re
     return Restart(state, extend_recipe(start_manifest(editor, base, profile).recipe, "add", sorted(digests)))
 
 
-def restart_manifest(editor: Editor[Any], base: str, profile: str, recipe: str, artifact: bytes | None, snapshot: bytes | None) -> Manifest:
+def adopt_state(editor: Editor[Any], base: str, profile: str, state: Any, recipe: str) -> Restart | None:
+    """The same sums under another solve part, `editor` being that of the new profile. The recipe gets one more link, which is the recipe
+    that a stream without edits has there: base, profile, editor and options. None where the pairs have to be summed anew.
+
+    Raises:
+        BaseMismatchError: the profile has another base or other prepare options.
+    """
+    carried = editor.carry_state(state)
+    if carried is None:
+        return None
+    return Restart(carried, extend_recipe(recipe, "solve", [start_manifest(editor, base, profile).recipe]))
+
+
+def restart_manifest(
+    editor: Editor[Any], base: str, profile: str, recipe: str, artifact: bytes | None, snapshot: bytes | None, operations: int = 0
+) -> Manifest:
     """The manifest of a restarted state: its artifact, and the state itself unless it is empty."""
-    state = StateRef(snapshot=digest_of(snapshot) if snapshot else None)
+    state = StateRef(snapshot=digest_of(snapshot) if snapshot else None, operations=operations)
     layer = Layer(editor=editor.name, editor_version=editor.version, artifact=digest_of(artifact) if artifact else None, state=state)
     return Manifest(base=base, profile=profile, layers=(layer,), recipe=recipe)
 
 
-def store_restart(blobs: Blobs, editor: Editor[Any], base: str, profile: str, made: Restart) -> Manifest:
+def store_restart(blobs: Blobs, editor: Editor[Any], base: str, profile: str, made: Restart, operations: int = 0) -> Manifest:
     """Solve a restarted state and store it; its manifest, which is not stored yet.
+
+    Args:
+        operations: as in `StateRef`.
 
     Raises:
         EditorError: the system cannot be solved.
@@ -275,7 +293,7 @@ def store_restart(blobs: Blobs, editor: Editor[Any], base: str, profile: str, ma
     for data in (weights, snapshot):
         if data is not None:
             blobs.put(data)
-    return restart_manifest(editor, base, profile, made.recipe, weights, snapshot)
+    return restart_manifest(editor, base, profile, made.recipe, weights, snapshot, operations)
 
 
 def build_anew(blobs: Blobs, editor: Editor[Any], base: str, profile: str, refs: Sequence[PairRef]) -> Candidate:

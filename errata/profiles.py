@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from errata.edits import canonical_json, digest_of
+from errata.errors import InputError
 
 Site = Literal["subject_last", "prompt_last"]
 Spread = Literal["single", "even", "refresh", "d4s_code"]
@@ -38,21 +39,16 @@ class PrepareOptions(BaseModel):
     """Weight of KL(base ‖ now) on the token after the subject."""
     stop_loss: float = Field(default=0.05, ge=0)
     """An edit whose loss falls below this is finished."""
-    keys: Literal["frozen", "cascade"] = "frozen"
+    keying: Literal["frozen", "cascade"] = "frozen"
     """Where the keys of layers above the first are read: on the base, or, as published, on the base with the layers below already written,
     which makes a pair depend on what was live when it was prepared."""
 
     @model_serializer(mode="wrap")
-    def _omit_frozen(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Options from before there was a choice of keys keep their digest."""
-        content: dict[str, Any] = spell(self)
-        return content if self.keys != "frozen" else {name: value for name, value in content.items() if name != "keys"}
-
-    @model_serializer(mode="wrap")
     def _omit_usual(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Options from before there was another site keep their digest."""
+        """Options from before there was another site, or other keys, keep their digest."""
         content: dict[str, Any] = spell(self)
-        return {name: value for name, value in content.items() if name != "site" or value != "subject_last"}
+        usual = {"site": "subject_last", "keying": "frozen"}
+        return {name: value for name, value in content.items() if usual.get(name, ...) != value}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -160,3 +156,15 @@ class Profile(BaseModel):
     @property
     def digest(self) -> str:
         return digest_of(self.to_bytes())
+
+
+def require_same_pairs(own: Profile, other: Profile) -> None:
+    """Raises InputError where pairs that were prepared under one profile are none under the other."""
+    if own.base != other.base:
+        raise InputError(f"adopt: expected a profile of base {own.base[:12]}, found one of {other.base[:12]}; `errata rebase` goes there")
+    ours, theirs = own.prepare.model_dump(mode="json"), other.prepare.model_dump(mode="json")
+    if differing := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise InputError(
+            f"adopt: expected the prepare part that the stream's pairs were made with, found another ({', '.join(differing)}); "
+            "`errata rebase --profile` prepares them anew"
+        )

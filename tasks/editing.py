@@ -1,8 +1,10 @@
 """Work order to candidate: pairs on the base, merged into the head's state."""
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from statistics import median
 
 from errata.candidates import (
     PreparedBatch,
@@ -27,7 +29,9 @@ from registry.stream import Stream
 from tasks._progress import show_progress
 from tasks._session import Model, load_model, load_named, open_named, read_manifest
 from tasks._spreading import spread
-from tasks._task import stage
+from tasks._task import stage, tell_run
+
+_OVERSHOOT = 1.3
 
 
 @stage
@@ -70,6 +74,7 @@ def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]
         remove=changed.remove,
         snapshot_every=settings.apply.snapshot_every,
     )
+    warn_of_overshoot(candidate.fits)
     return Round(
         rest=tuple(rest),
         manifest=opened.objects.put(candidate.manifest.to_bytes()),
@@ -79,6 +84,14 @@ def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]
         fits=dict(candidate.fits),
         seconds={"merge": time.perf_counter() - begun},
     )
+
+
+def warn_of_overshoot(fits: Mapping[str, float]) -> None:
+    """Say in the log where the layers together write more than they were to (algorithms.md, resolution B: ρ·H_L above 1.3)."""
+    middle = median(fits.values()) if fits else 0.0
+    if middle > _OVERSHOOT:
+        said = f"the layers together realise {middle:.2f} times the residual (median of {len(fits)} edits), expected at most {_OVERSHOOT}"
+        tell_run(logging.WARNING, f"{said}: a larger λ, or spread 'refresh' or 'even', writes less", rho=round(middle, 4))
 
 
 def find_replaced(stream: Stream, planned: Sequence[Planned]) -> list[EditRow]:

@@ -64,7 +64,7 @@ def propose_merge(settings: Settings, into: Stream, other: Stream) -> tuple[list
         if here != there:
             raise InputError(
                 f"merge: expected two streams on one base and profile, found {name} {here[:12]} of {into.name!r} and {there[:12]} of "
-                f"{other.name!r}; `errata rebase` takes a stream to another base or profile"
+                f"{other.name!r}; `errata rebase` takes a stream to another base or profile, `errata adopt` to another solve part"
             )
     rows = list(other.index.find_rows("live"))
     under = digest_judgement(settings.gate, into.head.profile)

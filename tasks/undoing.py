@@ -7,28 +7,24 @@ from typing import Any
 from errata.candidates import build_candidate, load_artifacts
 from errata.errors import EditorError, InputError, KeyMissingError
 from errata.evaluation.consistency import measure_consistency
-from errata.evaluation.evaluate import evaluate_candidate
 from errata.exactness import measure_exactness
 from errata.gate import decide
 from errata.manifests import Manifest
-from errata.monitors.locality import PROBE_TEXTS
 from errata.report import Report
 from errata.rounds import Round
 from errata.settings import Settings
 from errata.summary import RollbackSummary, WithdrawalSummary
-from errata.world import FILLER
 from registry.events import Commit, Outcome, RejectionCommit, ReturnCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
 from registry.keeping import open_archived
 from registry.orders import WithdrawalOrder
 from registry.prepared import forget_pairs
 from registry.stream import Stream
 from registry.undoing import choose_live, choose_target, compare_live
-from tasks._progress import show_progress
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
 from tasks.committing import commit_once, describe_live, describe_writer, move_pairs
 from tasks.editing import digest_preparation, find_older, plan_changes, prepare_regrouped, refer
-from tasks.evaluating import read_retention
+from tasks.evaluating import measure_candidate
 from tasks.projecting import open_registry
 
 _VERSION = re.compile(r"v(\d{1,8})")
@@ -94,17 +90,7 @@ def judge_withdrawal(stream: str, order: str, candidate: Round, check: bool) -> 
     sample += [row for row in regrouped if row not in sample]
     retained = [opened.read_record(row).edit for row in sample if row.occurrence not in leaving]
     artifacts = load_artifacts(opened.objects, manifest)
-    with show_progress("evaluating") as on_progress:
-        report = evaluate_candidate(
-            model.base,
-            artifacts,
-            [],
-            retained,
-            read_retention(opened),
-            settings.evaluate,
-            probe_texts=FILLER if model.ref.kind == "builtin" else PROBE_TEXTS,
-            progress=lambda _stage, done, total: on_progress(done, total),
-        )
+    report = measure_candidate(settings, opened, model, artifacts, [], retained)
     measured = None
     if report.fault is None:
         withdrawn = [opened.read_record(opened.resolve_edit(name)).edit for name in names]

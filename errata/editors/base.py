@@ -218,6 +218,14 @@ class Editor(Protocol[S]):
 
     def load_state(self, data: bytes) -> S: ...
 
+    def carry_state(self, state: S) -> S | None:
+        """A state that was made under another solve part, as it has to be under this one; None where the pairs have to be summed anew.
+
+        Raises:
+            BaseMismatchError: it is of another base, or of other prepare options.
+        """
+        ...
+
     def merge(self, state: S, add: Pairs | None, remove: Pairs | None) -> S:
         """State with pairs added and removed. Raises BaseMismatchError for pairs of another base or profile."""
         ...

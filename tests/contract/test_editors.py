@@ -63,7 +63,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def editor(case: Case, editable: Base, editable_options: PrepareOptions, moments: Moments) -> Editor[Any]:
-    options = editable_options.model_copy(update={"layers": case.layers, "keys": case.keys or "frozen"})
+    options = editable_options.model_copy(update={"layers": case.layers, "keying": case.keys or "frozen"})
     solve = SolveOptions.model_validate({"lam": 1.0, "spread": case.spread, "moments": "0" * 64})
     return make_editor(case.editor, Profile(base=editable.digest, prepare=options, solve=solve), moments, editable.layout)
 

@@ -28,7 +28,7 @@ SMALL = 5
 
 @pytest.fixture(scope="module")
 def options(editable_options: PrepareOptions) -> PrepareOptions:
-    return editable_options.model_copy(update={"layers": LAYERS, "contexts": ("{}", "I say: {}"), "clamp": 0.5, "keys": "cascade"})
+    return editable_options.model_copy(update={"layers": LAYERS, "contexts": ("{}", "I say: {}"), "clamp": 0.5, "keying": "cascade"})
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_an_interrupted_batch_ends_as_one_that_was_not(
 
 
 def test_pairs_of_a_cascade_belong_to_no_other_profile(editor: D4S, options: PrepareOptions) -> None:
-    frozen = options.model_copy(update={"keys": "frozen"})
+    frozen = options.model_copy(update={"keying": "frozen"})
     assert frozen.digest != options.digest
     assert not editor.order_free
     foreign = Pairs(editor.empty_state().base, frozen.digest, (("e",),), torch.ones(1, 1), {layer: torch.ones(1, 1) for layer in LAYERS})

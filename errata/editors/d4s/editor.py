@@ -33,6 +33,7 @@ from errata.profiles import Profile
 
 _CHUNK_TOKENS = 4_096
 """Padded tokens optimised side by side. Bounds the memory of one step, while matrix products are already as wide as they need to be."""
+_UNCROSSED = "state: expected the cross moments that spread 'refresh' needs, found sums without them: the pairs have to be summed anew"
 
 
 class D4S:
@@ -71,7 +72,7 @@ class D4S:
     @property
     def order_free(self) -> bool:
         """Every spread is linear in sums over pairs, `d4s_code` too; only keys that are read under lower updates know what came before."""
-        return self._profile.prepare.keys == "frozen"
+        return self._profile.prepare.keying == "frozen"
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -175,11 +176,17 @@ class D4S:
             BaseMismatchError: a state of another base or other prepare options.
             EditorError: sums without the cross moments that this spread needs; the pairs have to be summed anew.
         """
-        state = D4SState.from_bytes(data)
-        if not self._refreshes:
-            state = state.forget_crosses()
-        self._require_own(state)
+        state = self.carry_state(D4SState.from_bytes(data))
+        if state is None:
+            raise EditorError(_UNCROSSED)
         return state
+
+    def carry_state(self, state: D4SState) -> D4SState | None:
+        """See `Editor.carry_state`: only sums without cross moments cannot be refreshed."""
+        self._require_site(state)
+        if self._refreshes:
+            return state if state.crossed else None
+        return state.forget_crosses()
 
     def merge(self, state: D4SState, add: Pairs | None, remove: Pairs | None) -> D4SState:
         """Removal first, so that a replacement in a batch never passes through a doubled key."""
@@ -276,12 +283,15 @@ class D4S:
         return {layer: len(layers) if even else len(layers) - below for below, layer in enumerate(layers)}
 
     def _require_own(self, state: D4SState) -> None:
+        self._require_site(state)
+        if self._refreshes and not state.crossed:
+            raise EditorError(_UNCROSSED)
+
+    def _require_site(self, state: D4SState) -> None:
         expected = {"base": self._profile.base, "prepare options": self._profile.prepare.digest}
         for name, found in (("base", state.base), ("prepare options", state.prepare)):
             if found != expected[name]:
                 raise BaseMismatchError(f"state: expected {name} {expected[name][:12]}, found {found[:12]}")
-        if self._refreshes and not state.crossed:
-            raise EditorError("state: expected the cross moments that spread 'refresh' needs, found sums without them: sum the pairs anew")
 
     def _form(self, state: D4SState, layer: int) -> PairSystem | SumSystem:
         """One layer's system, in the form of the state. Raises EditorError: it is singular."""
