@@ -1,7 +1,6 @@
 """`errata calibrate` from the console, on bases that know nothing: it runs through, says so, goes on after an interruption, and what it
 found is what a new stream takes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,11 +102,10 @@ def test_it_goes_on_where_it_was_and_a_stream_takes_what_it_found(
     assert (third.json["trials"], third.json["lam"]) == (second.json["trials"], second.json["lam"])
 
     # A new stream takes the newest by itself.
-    made = errata("init", "--stream", "main", "--base", str(base), "--json")
+    made = errata("init", "--stream", "main", "--base", str(base))
     assert made.code == 0, made.err
     assert find_calibrated(open_storage(str(root)), told.base) == third.json["profile"]
-    log = errata("log", "--stream", "main", "--json").json
-    assert json.dumps(log).count(third.json["profile"]) >= 1
+    assert third.json["profile"][:12] in made.out
 
 
 def test_bad_input_is_named(errata: Callable[..., Any], tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
