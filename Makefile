@@ -28,7 +28,7 @@ demo: $(STAMP)  ## edits through the gate into a registered model, on the built-
 test: $(STAMP)  ## all tests; no network, no GPU
 	$(BIN)/pytest -n 2 --dist loadfile
 
-bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withdrawal, the long run, chaos, orchestration
+bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withdrawal, the long run, chaos, orchestration, second moments
 	$(BIN)/python -m benchmarks.edit_quality
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.edit_speed
@@ -36,6 +36,7 @@ bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withd
 	$(BIN)/python -m benchmarks.long_run
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.orchestration
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.moments
 
 lint: $(STAMP) types  ## style, types and import contracts
 	$(BIN)/ruff check .

@@ -50,9 +50,8 @@ def moments(
         print_json(facts)
         return
     out.print(build_table(facts))
-    out.print(
-        f"{facts['tokens']:,} tokens of {escape(name)} in {facts['shards']} shards: moments {digest[:12]} of base {facts['base'][:12]}"
-    )
+    counted = f"{facts['tokens']:,} tokens" + (f" (of {wanted:,} asked for)" if facts["tokens"] < wanted else "")
+    out.print(f"{counted} of {escape(name)} in {facts['shards']} shards: moments {digest[:12]} of base {facts['base'][:12]}")
     for line in list_findings(facts):
         out.print(line)
 

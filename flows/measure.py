@@ -26,5 +26,6 @@ def measure_moments(base: str, layers: list[int], corpus: str, tokens: int = TOK
     if (known := find_measured(plan)) is not None:
         return known
     with show_rate("second moments", "tokens", plan.tokens) as tell:
-        spread(sum_shard, [{"plan": plan, "shard": shard} for shard in range(plan.shards)], tell)
+        calls = [{"plan": plan, "shard": shard} for shard in range(plan.shards)]
+        spread(sum_shard, calls, on_step=tell, on_result=lambda record: tell(record.shard, record.tokens))
     return pool_shards(plan)

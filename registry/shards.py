@@ -20,6 +20,7 @@ class ShardRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    shard: int
     tokens: int
     faults: int
     """Lines that could not be read."""
@@ -47,11 +48,11 @@ class ShardStore:
             return None
         return record if all(map(self.sums.exists, record.sums.values())) else None
 
-    def note(self, shard: int, record: ShardRecord) -> None:
+    def note(self, record: ShardRecord) -> None:
         """Record a shard whose sums are stored."""
-        self.forget(shard)
+        self.forget(record.shard)
         with suppress(KeyExistsError):  # another run of the same plan was faster: its sums are as good
-            self._storage.create(self._key(shard), canonical_json(record))
+            self._storage.create(self._key(record.shard), canonical_json(record))
 
     def forget(self, shard: int) -> None:
         """Let the next run compute a shard again."""

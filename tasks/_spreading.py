@@ -25,13 +25,20 @@ Listener = Callable[[int, int], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
-def spread(stage: Callable[..., Any], calls: Sequence[Mapping[str, Any]], on_step: Listener = lambda _call, _done: None) -> list[Any]:
+def spread(
+    stage: Callable[..., Any],
+    calls: Sequence[Mapping[str, Any]],
+    *,
+    on_step: Listener = lambda _call, _done: None,
+    on_result: Callable[[Any], None] = lambda _result: None,
+) -> list[Any]:
     """Run a stage once per call; the results in the order of the calls.
 
     Args:
         stage: a task, made by `tasks._task.stage`.
         calls: its arguments by name.
         on_step: told what the stage itself tells (`tell_step`), which nobody hears from another process.
+        on_result: told each result as soon as it and those before it are there.
 
     Raises:
         SettingsError: the runner needs an extra that is not installed.
@@ -48,12 +55,16 @@ def spread(stage: Callable[..., Any], calls: Sequence[Mapping[str, Any]], on_ste
     try:
         with _make_runner(settings) as runner, _describe_remote(settings):
             futures = [runner.submit(stage, dict(call)) for call in calls]
+            results = []
             try:
-                return [future.result() for future in futures]
+                for future in futures:
+                    results.append(future.result())
+                    on_result(results[-1])
             except BaseException:
                 halted.set()
                 _cancel(futures)
                 raise
+            return results
     finally:
         _listener.reset(heard)
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import median
 
@@ -16,7 +16,7 @@ from errata.candidates import (
     prepare_chunk,
     read_pairs,
 )
-from errata.editors.base import list_units
+from errata.editors.base import Progress, list_units
 from errata.edits import Edit, canonical_json, digest_of
 from errata.grouping import Placed, Regrouping, regroup
 from errata.manifests import PairRef
@@ -135,8 +135,8 @@ def prepare_regrouped(
     if head is not None and not model.editor.order_free:
         state = load_state(stream.objects, model.editor, read_manifest(stream, head).layers[0].state)
         ground = model.editor.merge(state, None, read_pairs(stream.objects, changed.remove))
-    spread_out = partial(_spread_chunks, stream.name, model, changed.groups) if load_settings().compute.runner == "ray" else None
     with show_progress("optimising targets") as on_progress:
+        elsewhere = partial(_spread_chunks, stream.name, model, changed, on_progress)
         made = prepare_batch(
             stream.objects,
             model.editor,
@@ -147,7 +147,7 @@ def prepare_regrouped(
             on_progress,
             changed.groups,
             ground,
-            spread_out,
+            elsewhere if load_settings().compute.runner == "ray" else None,
         )
     units = list_units(made.refs, changed.groups)
     pairs = {
@@ -158,15 +158,18 @@ def prepare_regrouped(
 
 
 @stage
-def prepare_part(stream: str, base: str, profile: str, edits: Sequence[Edit], groups: Sequence[Sequence[str]]) -> PreparedBatch:
+def prepare_part(
+    stream: str, base: str, profile: str, editor: str, edits: Sequence[Edit], groups: Sequence[Sequence[str]]
+) -> PreparedBatch:
     """Keys and residuals of a part of a batch, stored and noted: what another process does for `prepare_regrouped`.
 
     Args:
         base, profile: digests of what the pairs are prepared on, which need not be the head's.
+        editor: its name.
         groups: ids of edits that share one pair.
     """
     settings, opened = open_named(stream)
-    model = load_named(settings, opened.storage, base, profile, opened.head.editors[0])
+    model = load_named(settings, opened.storage, base, profile, editor)
     scope = digest_preparation(model)
     return prepare_chunk(
         opened.objects,
@@ -178,13 +181,20 @@ def prepare_part(stream: str, base: str, profile: str, edits: Sequence[Edit], gr
     )
 
 
-def _spread_chunks(stream: str, model: Model, groups: Sequence[Sequence[str]], chunks: Sequence[Sequence[Edit]]) -> list[PreparedBatch]:
-    shared = {"stream": stream, "base": model.base.digest, "profile": model.profile.digest}
-    calls = []
-    for chunk in chunks:
-        ids = {edit.edit_id for edit in chunk}
-        calls.append({**shared, "edits": list(chunk), "groups": [list(group) for group in groups if ids.intersection(group)]})
-    return spread(prepare_part, calls)
+def _spread_chunks(
+    stream: str, model: Model, changed: Regrouping, on_progress: Progress, chunks: Sequence[Sequence[Edit]]
+) -> Iterable[PreparedBatch]:
+    """See `prepare_batch`: `prepare_part` for each chunk, as `compute.runner` says."""
+    done = len(changed.edits) - sum(map(len, chunks))
+
+    def tell(part: PreparedBatch) -> None:
+        nonlocal done
+        done += len(part.refs) + len(part.refused)
+        on_progress(done, len(changed.edits))
+
+    under = {"base": model.base.digest, "profile": model.profile.digest, "editor": model.editor.name}
+    calls = [{"stream": stream, **under, "edits": list(chunk), "groups": changed.groups} for chunk in chunks]
+    return spread(prepare_part, calls, on_result=tell)
 
 
 def refer(row: EditRow) -> PairRef:

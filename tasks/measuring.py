@@ -122,10 +122,8 @@ def sum_part(storage: Storage, base: Base, corpus: Corpus, plan: MomentsPlan, sh
     store = ShardStore(storage, plan.digest)
     if (found := store.find(shard)) is not None:
         return found
-    if sum(corpus.sizes) != plan.size:
-        raise InputError(
-            f"{plan.corpus}: expected {plan.size} bytes of text as planned, found {sum(corpus.sizes)}: it has changed meanwhile"
-        )
+    if (size := sum(corpus.sizes)) != plan.size:
+        raise InputError(f"{plan.corpus}: expected {plan.size} bytes as when it was planned, found {size}")
     faults = 0
 
     def note(fault: Fault) -> None:
@@ -138,8 +136,8 @@ def sum_part(storage: Storage, base: Base, corpus: Corpus, plan: MomentsPlan, sh
     sums, tokens = {}, 0
     for part in sum_moments(base, plan.layers, rows, limit=plan.limit(shard), on_tokens=on_tokens):
         sums[part.layer], tokens = store.sums.put(part.to_bytes()), part.tokens
-    record = ShardRecord(tokens=tokens, faults=faults, sums=sums)
-    store.note(shard, record)
+    record = ShardRecord(shard=shard, tokens=tokens, faults=faults, sums=sums)
+    store.note(record)
     return record
 
 
@@ -165,9 +163,9 @@ def pool_stored(storage: Storage, plan: MomentsPlan) -> str:
     c, spectra = {}, []
     for layer in plan.layers:
         pooled = PooledSum()
-        for shard, record in enumerate(records):
+        for record in records:
             if record.tokens:
-                pooled.add(_get_sum(store, shard, record.sums[layer]))
+                pooled.add(_get_sum(store, record, layer))
         spectra.append(pooled.describe(layer))
         c[layer] = pooled.mean.float()
     report = MomentsReport(
@@ -224,13 +222,12 @@ def _sum_here(plan: MomentsPlan, shard: int) -> ShardRecord:
         with occupy(device):
             _, _, base = find_stored(settings, storage, plan.base, device)
             record = sum_part(storage, base, corpus, plan, shard, lambda done: tell_step(shard, done))
-    tell_step(shard, record.tokens)
     return record
 
 
-def _get_sum(store: ShardStore, shard: int, digest: str) -> MomentSum:
+def _get_sum(store: ShardStore, record: ShardRecord, layer: int) -> MomentSum:
     try:
-        return MomentSum.from_bytes(store.sums.get(digest))
+        return MomentSum.from_bytes(store.sums.get(record.sums[layer]))
     except (KeyMissingError, ObjectCorruptError):
-        store.forget(shard)
+        store.forget(record.shard)
         raise

@@ -53,12 +53,13 @@ def read_file() -> list[dict[str, Any]]:
 
 
 def find_flows() -> set[str]:
-    """Every function under `@flow` in `flows/`, as an entrypoint."""
+    """Every function under `@flow` in `flows/` that works on a stream, as an entrypoint. The others are run by commands."""
     return {
         f"flows/{path.name}:{node.name}"
         for path in (ROOT / "flows").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and any("flow(" in f"{ast.unparse(mark)}(" for mark in node.decorator_list)
+        if {"stream", "into"} & {argument.arg for argument in node.args.args}
     }
 
 

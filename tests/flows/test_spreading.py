@@ -1,6 +1,7 @@
 """The same work in this process and on a Ray cluster of two processes gives the same bytes."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,16 +23,16 @@ def find_ray() -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Two nodes of one CPU on loopback, which `RayTaskRunner` finds by itself."""
+    """Two nodes of one CPU on this machine, which `RayTaskRunner` finds by itself."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}.items():
-            patch.setenv(name, value)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the user's home
         root = str(Path(__file__).parents[2])
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
-        node = {"num_cpus": 1, "num_gpus": 0, "node_ip_address": "127.0.0.1"}
+        node = {"num_cpus": 1, "num_gpus": 0}
         made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         try:
             made.add_node(**node)

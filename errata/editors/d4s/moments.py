@@ -67,16 +67,21 @@ class MomentSum:
     tokens: int
     """Number of keys in the sum."""
     total: torch.Tensor
-    """[d_in, d_in] float64 on the CPU."""
+    """[d_in, d_in] float64 on the CPU, symmetric."""
 
     def to_bytes(self) -> bytes:
-        return pack_tensors("moment_sum", _FORMAT, {"s": self.total}, {"base": self.base, "layer": self.layer, "tokens": self.tokens})
+        """Its upper triangle, row by row: half the bytes."""
+        metadata = {"base": self.base, "layer": self.layer, "tokens": self.tokens, "width": len(self.total)}
+        return pack_tensors("moment_sum", _FORMAT, {"upper": self.total[_mask_upper(len(self.total))]}, metadata)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Raises FormatError: not a sum of this format."""
         tensors, metadata = unpack_tensors(data, "moment_sum", _FORMAT)
-        return cls(metadata["base"], metadata["layer"], metadata["tokens"], tensors["s"])
+        total = torch.zeros(metadata["width"], metadata["width"], dtype=torch.float64)
+        total[_mask_upper(len(total))] = tensors["upper"]
+        total += total.triu(1).T
+        return cls(metadata["base"], metadata["layer"], metadata["tokens"], total)
 
 
 class PooledSum:
@@ -208,6 +213,10 @@ def collect_moments(
     if not counted:
         raise EditorError("second moments: expected a corpus with some text, found no tokens")
     return Moments(base.digest, digest_of(canonical_json(list(texts))), seed, counted, c)
+
+
+def _mask_upper(width: int) -> torch.Tensor:
+    return torch.ones(width, width, dtype=torch.bool).triu()
 
 
 def _cut(rows: Iterable[Sequence[int]], limit: int | None) -> Iterator[Sequence[int]]:
