@@ -1,7 +1,7 @@
 """A new stream: base, second moments, profile, first commit. Plain functions: nothing here is scheduled."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def place_solve(settings: Settings, stream: Stream, profile: str) -> str:
     """Store the profile whose solve part a stream is to adopt; its digest.
 
     Args:
-        profile: as in `start_stream`. A file's second moments are the stream's own, and so is its spread unless it names one.
+        profile: as in `start_stream`. The second moments are then the stream's own; so are spread and norm ratio where the file has none.
 
     Raises:
         InputError: the stream's pairs are not valid there, or the profile cannot be read.
@@ -181,9 +181,10 @@ def place_solve(settings: Settings, stream: Stream, profile: str) -> str:
     if digest is not None:
         require_same_pairs(model.profile, Profile.model_validate_json(get_profile(stream.storage, base, digest)))
         return digest
-    given, own = read_profile(Path(profile)), model.profile.solve
-    made = write_profile(base, given, given.spread or own.spread, own.moments)
-    require_same_pairs(model.profile, made)
+    given, own = read_profile(Path(profile)), model.profile
+    given = replace(given, max_norm_ratio=given.max_norm_ratio or own.max_norm_ratio)
+    made = write_profile(base, given, given.spread or own.solve.spread, own.solve.moments)
+    require_same_pairs(own, made)
     return put_profile(stream.storage, base, made.to_bytes())
 
 
