@@ -164,6 +164,7 @@ def _spell_environment(settings: Settings, places: dict[str, Any], home: Path) -
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # processes for features that we do not use
         "MLFLOW_UVICORN_OPTS": "--log-level warning",  # it would log every request
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER": "json",  # of the worker and its runs: their output goes to a file
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
     }.items():

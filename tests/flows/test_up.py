@@ -1,5 +1,6 @@
 """`errata up`, as somebody lives with it: it is killed and started again, a file is dropped, the schedule does the rest, Ctrl-C ends it."""
 
+import json
 import signal
 import urllib.request
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import psutil
 import pytest
 
 from errata.edits import Edit
+from flows.prefect_runs import call_server
 
 
 @pytest.mark.slow
@@ -60,6 +62,10 @@ def test_a_life(desk: Any, launch: Callable[..., Any], make_edit: Callable[..., 
     found = up.ask_prefect("flow_runs/filter", {"flow_runs": {"id": {"any_": [claimed]}}})
     assert [run["state_type"] for run in found] == ["CRASHED"]
 
+    # What runs write to the worker's output is JSON, line by line.
+    lines = [json.loads(line) for line in (home / "worker.log").read_text().splitlines() if line.startswith("{")]
+    assert any("commit_batch" in str(line.get("message")) for line in lines)
+
     # Ctrl-C ends everything.
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(timeout=60) == 0
@@ -71,8 +77,9 @@ def test_a_life(desk: Any, launch: Callable[..., Any], make_edit: Callable[..., 
 
 def claim_run(up: Any, deployment: str) -> str | None:
     """A run as a worker leaves it that dies before it has begun it: it holds the limit of its stream."""
-    run = up.ask_prefect(f"deployments/{deployment}/create_flow_run", {})
-    state = up.ask_prefect(f"flow_runs/{run['id']}/set_state", {"state": {"type": "PENDING"}})["state"]
+    api = f"{up.read_state('ready')['prefect']}/api"  # which is busy now and then: `call_server` waits
+    run = call_server(api, "POST", f"deployments/{deployment}/create_flow_run", {})
+    state = call_server(api, "POST", f"flow_runs/{run['id']}/set_state", {"state": {"type": "PENDING"}})["state"]
     return run["id"] if state and state["type"] == "PENDING" else None
 
 
