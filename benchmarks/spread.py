@@ -59,7 +59,7 @@ class Way:
         return "cascade" if self.keys == "cascade" else self.spread
 
     def choose(self, options: PrepareOptions) -> PrepareOptions:
-        return PrepareOptions.model_validate({**options.model_dump(), "layers": self.layers, "keys": self.keys})
+        return PrepareOptions.model_validate({**options.model_dump(), "layers": self.layers, "keying": self.keys})
 
 
 def list_ways() -> list[Way]:
