@@ -11,9 +11,14 @@ from benchmarks.tiny_base import SENTENCES, build_edit, write_base
 from errata.calibration.facts import ENOUGH
 from errata.profiles import Profile
 from errata.settings import load_settings
+from flows import calibrate as calibrate_flow
+from flows.calibrate import calibrate_base, take_step
 from registry.calibrations import find_calibrated
 from registry.shared import get_profile
 from registry.storage.base import open_storage
+from tasks.onboarding import place_base
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
 
@@ -62,10 +67,6 @@ def test_it_goes_on_where_it_was_and_a_stream_takes_what_it_found(
     words = ("calibrate", "--base", str(base), "--facts", str(facts), "--corpus", str(corpus), "--edits", "8", "--json")
 
     # The budget is over before it has begun: one place, and its curve.
-    import flows.calibrate
-    from flows.calibrate import calibrate_base, take_step
-    from tasks.onboarding import place_base
-
     placed = place_base(load_settings(), str(base), None)
     told = calibrate_base(placed.ref.digest, str(facts), str(corpus), 0.0, 8)
     assert told.cut_short and told.steps == 2 and told.edits == 8
@@ -91,7 +92,7 @@ def test_it_goes_on_where_it_was_and_a_stream_takes_what_it_found(
         return taken[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(flows.calibrate, "take_step", take_some)
+        patch.setattr(calibrate_flow, "take_step", take_some)
         assert errata(*words).code == 130
     assert [step.number for step in taken] == [3, 4]
     second = errata(*words)
