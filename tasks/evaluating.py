@@ -1,5 +1,6 @@
 """Candidate to decision: what it does to its own edits, to older ones and to everything else, and whether that is good enough."""
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -9,14 +10,14 @@ from errata.evaluation.evaluate import evaluate_candidate
 from errata.gate import decide
 from errata.manifests import Manifest
 from errata.monitors.locality import PROBE_TEXTS
-from errata.report import Diagnosis, Report
+from errata.report import COARSE, Diagnosis, Report
 from errata.rounds import Round
 from errata.world import FILLER
 from registry.orders import Order
 from registry.stream import Stream
 from tasks._progress import show_progress
 from tasks._session import load_model, open_named
-from tasks._task import stage
+from tasks._task import stage, tell_run
 
 
 @stage
@@ -44,10 +45,18 @@ def judge_candidate(stream: str, order: str, candidate: Round, earlier: Sequence
             probe_texts=FILLER if model.ref.kind == "builtin" else PROBE_TEXTS,
             progress=lambda _stage, done, total: on_progress(done, total),
         )
+    warn_coarse(report)
     report = report.model_copy(update={"live": opened.index.counts().get("live", 0) - len(leaving) + len(candidate.rest)})
     decision = decide(report, [item.decision for item in earlier if item.decision], settings.gate)
     seconds = {**candidate.seconds, "evaluate": time.perf_counter() - begun}
     return candidate.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision, "seconds": seconds})
+
+
+def warn_coarse(report: Report) -> None:
+    """Say so where the base's weights have too few bits for what was written. No reason to refuse: efficacy is measured as cast."""
+    if (cast := report.casting) and cast.error > COARSE:
+        said = f"casting: expected weights that take the change to within {COARSE:.0%}, found it {cast.error:.0%} off"
+        tell_run(logging.WARNING, f"{said} and {cast.lost:.0%} of its entries lost; a base of more bits would keep them")
 
 
 def find_mates(stream: Stream, candidate: Round) -> dict[str, list[Edit]]:

@@ -36,7 +36,7 @@ from tasks._session import Model, load_named, open_named
 from tasks._task import stage
 from tasks.committing import commit_once, describe_live, describe_writer, shorten_reasons
 from tasks.editing import digest_preparation, prepare_regrouped
-from tasks.evaluating import read_retention
+from tasks.evaluating import read_retention, warn_coarse
 
 _TIMED = 4
 """Edits prepared to learn how long one takes; they are kept."""
@@ -123,6 +123,7 @@ def judge_rebase(stream: str, order: str, candidate: Round, earlier: Sequence[Ro
             probe_texts=FILLER if work.model.ref.kind == "builtin" else PROBE_TEXTS,
             progress=lambda _stage, done, total: on_progress(done, total),
         )
+    warn_coarse(report)
     report = report.model_copy(update={"live": len(candidate.rest)})
     decision = decide(report, [item.decision for item in earlier if item.decision], settings.gate)
     if decision.defer:

@@ -73,12 +73,17 @@ def add_deltas(base: Base, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]
         edited.difference_update(totals)
 
 
+def add_once(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """W0 + Δ in float64, cast once to the weight's dtype."""
+    return (weight.double() + change.double()).to(weight.dtype)
+
+
 def _add(base: Base, name: str, delta: torch.Tensor) -> torch.Tensor:
     weight = base.model.get_parameter(name).data
     oriented = base.layout.orient(delta.to(weight.device))
     if oriented.shape != weight.shape:
         raise BaseMismatchError(f"{name}: expected a delta of shape {list(weight.shape)}, found {list(oriented.shape)}")
-    total = (weight.double() + oriented.double()).to(weight.dtype)
+    total = add_once(weight, oriented)
     if not torch.isfinite(total).all():
         raise EditorError(f"{name}: W0 + Δ is not finite in {weight.dtype}")
     return total.contiguous()
