@@ -60,11 +60,15 @@ def cast_base(base: Base, dtype: torch.dtype) -> Base:
     return hold_base(copy.deepcopy(base.model).to(dtype), base.tokenizer)
 
 
-def write_edits(base: Base, options: PrepareOptions, lam: float, texts: Sequence[str], edits: Sequence[Edit]) -> WeightDelta:
-    """All edits in one batch."""
+def build_editor(base: Base, options: PrepareOptions, lam: float, texts: Sequence[str]) -> D4S:
+    """D4S with second moments of the base itself."""
     moments = collect_moments(base, options.layers, texts)
-    spread = "even" if len(options.layers) > 1 else "single"
-    editor = D4S(Profile(base=base.digest, prepare=options, solve=SolveOptions(lam=lam, spread=spread, moments="-")), moments, base.layout)
+    solve = SolveOptions(lam=lam, spread="even" if len(options.layers) > 1 else "single", moments="-")
+    return D4S(Profile(base=base.digest, prepare=options, solve=solve), moments, base.layout)
+
+
+def write_edits(editor: D4S, base: Base, edits: Sequence[Edit]) -> WeightDelta:
+    """All edits in one batch."""
     prepared = editor.prepare(base, edits, groups=editor.find_groups(base, edits))
     artifact = editor.solve(editor.merge(editor.empty_state(), prepared.pairs, None))
     assert artifact is not None and not prepared.refused, prepared.refused
@@ -78,7 +82,8 @@ def _compare(
     for dtype in DTYPES:
         told = str(dtype).removeprefix("torch.")
         cast = cast_base(base, dtype)
-        artifacts = [write_edits(cast, options, lam, texts, part) for part in parts]
+        editor = build_editor(cast, options, lam, texts)
+        artifacts = [write_edits(editor, cast, part) for part in parts]
         losses = [loss for artifact in artifacts if (loss := _measure_casting(cast, artifact))]
         lost = [_mean([loss.error for loss in losses]), _mean([loss.lost for loss in losses])]
         table.add_row(name, told, *_judge(cast, artifacts, parts), *lost)

@@ -5,16 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.casting import cast_base, write_edits
+from benchmarks.casting import build_editor, cast_base, write_edits
 from benchmarks.tiny_base import SENTENCES, build_edit, choose_options, write_base
 from errata.editors.artifacts import WeightDelta
-from errata.editors.d4s.editor import D4S
-from errata.editors.d4s.moments import collect_moments
 from errata.evaluation.answered import find_answered
 from errata.modeling.loading import Base, load_base
 from errata.modeling.patch import attach
 from errata.monitors.norms import measure_casting, measure_norms
-from errata.profiles import Profile, SolveOptions
 from errata.report import Casting, Locality, Mean, ProbeScores, Report, Retention, WeightNorms
 from tasks import evaluating
 
@@ -49,9 +46,8 @@ def test_weights_with_as_many_bits_as_the_change_lose_nothing_worth_a_number() -
 
 def test_several_weights_are_measured_as_if_they_were_one() -> None:
     weights = [torch.randn(8, size, generator=torch.Generator().manual_seed(size)).bfloat16() for size in (5, 40)]
-    changes = [
-        scale * torch.randn(weight.shape, generator=torch.Generator().manual_seed(9)) for scale, weight in zip((1e-2, 1e-4), weights)
-    ]
+    noise = [torch.randn(weight.shape, generator=torch.Generator().manual_seed(9)) for weight in weights]
+    changes = [1e-2 * noise[0], 1e-4 * noise[1]]
     parts = [measure_casting(weight, change) for weight, change in zip(weights, changes, strict=True)]
     whole, one = Casting.over([part for part in parts if part]), measure_casting(torch.cat(weights, dim=1), torch.cat(changes, dim=1))
     assert whole is not None and one is not None
@@ -62,16 +58,14 @@ def test_several_weights_are_measured_as_if_they_were_one() -> None:
 @DTYPES
 def test_edits_are_computed_with_more_bits_than_the_weights_have(base: Base, dtype: torch.dtype) -> None:
     coarse, options = cast_base(base, dtype), choose_options()
-    moments = collect_moments(coarse, options.layers, SENTENCES)
-    solve = SolveOptions(lam=1.0, spread="single", moments="-")
-    editor = D4S(Profile(base=coarse.digest, prepare=options, solve=solve), moments, coarse.layout)
+    editor = build_editor(coarse, options, 1.0, SENTENCES)
     pairs = editor.prepare(coarse, EDITS).pairs
     assert pairs is not None
     state = editor.merge(editor.empty_state(), pairs, None)
     (delta,) = editor.solve_exact(state).values()
-    assert (pairs.residuals.dtype, pairs.keys[1].dtype, moments.c[1].dtype, delta.dtype) == (*[torch.float32] * 3, torch.float64)
-    # Values that 16 bits cannot hold: neither δ and Adam's moments, nor C, were ever of the weights' dtype.
-    for values in (pairs.residuals, moments.c[1], delta):
+    assert (pairs.residuals.dtype, pairs.keys[1].dtype, delta.dtype) == (torch.float32, torch.float32, torch.float64)
+    # Values that 16 bits cannot hold: neither δ and Adam's moments, nor the solve was ever of the weights' dtype.
+    for values in (pairs.residuals, delta):
         assert not torch.equal(values.to(dtype).to(values.dtype), values)
     artifact = editor.solve(state)
     assert artifact is not None and {stored.dtype for stored in artifact.deltas.values()} == {torch.float32}
@@ -80,7 +74,7 @@ def test_edits_are_computed_with_more_bits_than_the_weights_have(base: Base, dty
 @DTYPES
 def test_a_base_of_16_bits_takes_its_edits(base: Base, dtype: torch.dtype) -> None:
     coarse = cast_base(base, dtype)
-    artifact = write_edits(coarse, choose_options(), 1.0, SENTENCES, EDITS)
+    artifact = write_edits(build_editor(coarse, choose_options(), 1.0, SENTENCES), coarse, EDITS)
     (norms,) = measure_norms(coarse, artifact.deltas)
     assert norms.casting is not None and 0 < norms.casting.error < 0.01
     assert {"cast_error", "cast_lost"} <= set(norms.numbers)
