@@ -34,10 +34,15 @@ def count_weights(base: Base) -> int:
 
 def count_sums(base: Base, profile: Profile) -> int:
     """Bytes of solving a state of many edits, the most that is in memory at once besides the base: rk and kk in float64 and C in float32
-    of every layer, and the factor of one with its copy."""
+    of every layer, and the factor of one with its copy; where the residual is refreshed, also kx of every two layers and the solved deltas,
+    in float64."""
     total, largest = 0, 0
+    widths: list[int] = []
     for layer in profile.prepare.layers:
         d_out, d_in = base.layout.read_weight(base.model, layer).shape
         total += 8 * (d_out * d_in + d_in * d_in) + 4 * (d_in * d_in + d_out * d_in)
+        if profile.solve.spread == "refresh":
+            total += 8 * (d_out * d_in + d_in * sum(widths))
         largest = max(largest, 2 * 8 * d_in * d_in)
+        widths.append(d_in)
     return total + largest

@@ -51,14 +51,15 @@ class PrepareOptions(BaseModel):
 
 
 class SolveOptions(BaseModel):
-    """How sums become weights: `W_l = W0_l + rk_l (λ C_l + kk_l)⁻¹ / share_l`."""
+    """How sums become weights: `W_l = W0_l + rk_l (λ C_l + kk_l)⁻¹ / share_l`; `refresh` subtracts from rk_l what lower layers realise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     lam: float = Field(gt=0)
     """λ: the weight of the preserved keys, as a pseudo-count of keys, since C is a mean."""
-    spread: Literal["single", "even"]
-    """How layers share the residual: `single` for one layer, `even` asks each of L layers for 1/L of it."""
+    spread: Literal["single", "even", "refresh", "d4s_code"]
+    """How L layers share the residual: `single` is for one layer; `even` asks each for 1/L of it; `refresh` asks each, bottom-up, for
+    1/L, 1/(L−1), …, 1 of what those below leave; `d4s_code` for the same shares of all of it, as published: H_L times the residual."""
     moments: str
     """Digest of the stored second moments C."""
 

@@ -218,7 +218,7 @@ class Editor(Protocol[S]):
         ...
 
     def measure_fits(self, state: S, pairs: Pairs) -> torch.Tensor:
-        """How much of each pair the solved weights realise: [n] float64 in [0, 1)."""
+        """How much of each pair's residual its own part of the solved weights realises: [n] float64, 1 being all of it."""
         ...
 
     def measure_conditions(self, state: S) -> Mapping[str, float]:

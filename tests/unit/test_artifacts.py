@@ -48,6 +48,15 @@ def test_moments_survive_storage() -> None:
     assert torch.equal(again.c[1], MOMENTS.c[1])
 
 
+def test_states_from_before_there_were_cross_moments_keep_their_name() -> None:
+    """Of integers, so that no machine rounds them."""
+    data, _ = STORED["d4s_state"]
+    assert hashlib.sha256(data).hexdigest() == "cfa8fabac06c3ddcad56df6e137bb17b8d1b7c4f55ef7378061b3999d05d2e94"
+    assert not D4SState.from_bytes(data).kx
+    crossed = D4SState.empty("b" * 64, "p" * 64).add(PAIRS, crossed=True)
+    assert torch.equal(D4SState.from_bytes(crossed.to_bytes()).kx[1, 3], KEYS[1].double().T @ KEYS[3].double())
+
+
 def test_equal_contents_are_equal_bytes_however_they_were_made() -> None:
     reverse = WeightDelta(DELTA.base, dict(reversed(DELTA.deltas.items())))
     strided = WeightDelta(DELTA.base, {name: delta.double().T.contiguous().T for name, delta in DELTA.deltas.items()})

@@ -32,7 +32,17 @@ _CHUNK_TOKENS = 4_096
 
 
 class D4S:
-    """`W_l = W0_l + rk_l (λ C_l + kk_l)⁻¹ / share`, everything anchored at the base W0."""
+    """`W_l = W0_l + rk_l (λ C_l + kk_l)⁻¹ / share_l`, everything anchored at the base W0.
+
+    With frozen keys, what the layers 1 … L of a model do to one pair adds up to `Σ X_l k_l` at the site, to first order. The spread says
+    what each is asked for. `refresh`, bottom-up, asks layer l for `(r − Σ_{m<l} X_m k_m) / (L − l + 1)`: what the layers below leave of
+    the residual, divided among those still to come, so that all do equal parts if each writes what it is asked. Summed over pairs,
+    `Σ (r − Σ X_m k_m) k_lᵀ = rk_l − Σ_{m<l} X_m kx_ml` with `kx_ml = Σ k_m k_lᵀ`, which is additive, hence
+
+        X_l = (rk_l − Σ_{m<l} X_m kx_ml) (λ C_l + kk_l)⁻¹ / (L − l + 1)
+
+    MEMIT measures that remainder on the edited model, with keys that move; here it follows from stored sums, in any order of edits.
+    """
 
     name = "d4s"
     version = "1"
@@ -115,8 +125,15 @@ class D4S:
         return D4SState.empty(self._profile.base, self._profile.prepare.digest)
 
     def load_state(self, data: bytes) -> D4SState:
-        """Raises FormatError: not a state. BaseMismatchError: a state of another base or other prepare options."""
+        """
+        Raises:
+            FormatError: not a state.
+            BaseMismatchError: a state of another base or other prepare options.
+            EditorError: sums without the cross moments that this spread needs; the pairs have to be summed anew.
+        """
         state = D4SState.from_bytes(data)
+        if not self._refreshes:
+            state = state.forget_crosses()
         self._require_own(state)
         return state
 
@@ -125,7 +142,7 @@ class D4S:
         if remove is not None and len(remove):
             state = state.remove(remove)
         if add is not None and len(add):
-            state = state.add(add)
+            state = state.add(add, self._refreshes)
         return state
 
     def solve(self, state: D4SState) -> WeightDelta | None:
@@ -138,22 +155,41 @@ class D4S:
         return dict(self._solve_layers(state))
 
     def _solve_layers(self, state: D4SState) -> Iterator[tuple[str, torch.Tensor]]:
-        """Layer by layer, so that who rounds the deltas never holds all of them in float64."""
+        """Layer by layer, so that who rounds the deltas need not hold all of them in float64; `refresh` has to."""
         self._require_own(state)
         if state.count == 0:
             return
-        layers = self._profile.prepare.layers
-        share = len(layers) if self._profile.solve.spread == "even" else 1
-        for layer in layers:
-            delta = self._form(state, layer).solve(state.rk[layer] if state.pairs is None else state.pairs.residuals) / share
+        below: dict[int, torch.Tensor] = {}
+        for layer, share in self._shares.items():
+            delta = self._form(state, layer).solve(state.read_right(layer, below)) / share
             if not torch.isfinite(delta).all():
                 raise EditorError(f"layer {layer}: the solved delta is not finite")
+            if self._refreshes:
+                below[layer] = delta
             yield self._layout.weight_name(layer), delta
 
     def measure_fits(self, state: D4SState, pairs: Pairs) -> torch.Tensor:
-        """ρ of each pair, meaned over layers: [n] float64. Near 0 the edit is not written; near 1 λ no longer protects anything."""
-        fits = [self._form(state, layer).measure_fit(keys) for layer, keys in pairs.keys.items()]
-        return torch.stack(fits).mean(dim=0)
+        """ρ of each pair: the fraction of its whole residual r that its own part of the weights realises, `Σ_l X_l k_l` with all other
+        residuals at zero being ρ·r: [n] float64. Near 0 the edit is not written; near 1 λ no longer protects anything; above 1, as
+        `d4s_code` can be, it overshoots.
+
+        Weights are linear in residuals, hence this asks keys alone: X_l holds `r g_lᵀ`, `g_l = A_l⁻¹ (k_l − Σ_{m<l} kx_mlᵀ g_m) / share_l`
+        with `A = λC + kk` and, but for `refresh`, without the sum over m; ρ = Σ_l g_l·k_l.
+        """
+        self._require_own(state)
+        if not self._refreshes:
+            fits = [self._form(state, layer).measure_fit(pairs.keys[layer]) / share for layer, share in self._shares.items()]
+            return torch.stack(fits).sum(dim=0)
+        total = torch.zeros(len(pairs), dtype=torch.float64)
+        below: dict[int, torch.Tensor] = {}
+        for layer, share in self._shares.items():
+            keys = pairs.keys[layer].double().T
+            left = keys
+            for lower, gain in below.items():
+                left = left - state.carry(lower, layer, gain)
+            below[layer] = self._form(state, layer).divide(left) / share
+            total += (keys * below[layer]).sum(dim=0)
+        return total
 
     def measure_conditions(self, state: D4SState) -> dict[str, float]:
         """See `Editor.measure_conditions`: of λC + kk (`estimate_condition`). Raises EditorError: a system is singular."""
@@ -177,11 +213,24 @@ class D4S:
             raise BaseMismatchError(f"profile is for the base {self._profile.base[:12]}, this model is {base.digest[:12]}")
         require_untouched(base)
 
+    @property
+    def _refreshes(self) -> bool:
+        return self._profile.solve.spread == "refresh"
+
+    @property
+    def _shares(self) -> dict[int, int]:
+        """Layer, ascending → what it is asked for is divided by this."""
+        layers = self._profile.prepare.layers
+        even = self._profile.solve.spread == "even"
+        return {layer: len(layers) if even else len(layers) - below for below, layer in enumerate(layers)}
+
     def _require_own(self, state: D4SState) -> None:
         expected = {"base": self._profile.base, "prepare options": self._profile.prepare.digest}
         for name, found in (("base", state.base), ("prepare options", state.prepare)):
             if found != expected[name]:
                 raise BaseMismatchError(f"state: expected {name} {expected[name][:12]}, found {found[:12]}")
+        if self._refreshes and not state.crossed:
+            raise EditorError("state: expected the cross moments that spread 'refresh' needs, found sums without them: sum the pairs anew")
 
     def _form(self, state: D4SState, layer: int) -> PairSystem | SumSystem:
         """One layer's system, in the form of the state. Raises EditorError: it is singular."""

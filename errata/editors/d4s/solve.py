@@ -64,11 +64,11 @@ class PairSystem:
         product: torch.Tensor = self.lower @ (image + self.half @ (self.half.T @ image))
         return self.lam * product
 
-    def divide(self, vector: torch.Tensor) -> torch.Tensor:
-        """(λC + kk)⁻¹ v [d_in], by Woodbury."""
-        image: torch.Tensor = torch.linalg.solve_triangular(self.lower, vector[:, None], upper=False)
+    def divide(self, columns: torch.Tensor) -> torch.Tensor:
+        """(λC + kk)⁻¹ V [d_in, m] for V [d_in, m], by Woodbury."""
+        image: torch.Tensor = torch.linalg.solve_triangular(self.lower, columns, upper=False)
         image = image - self.half @ torch.cholesky_solve(self.half.T @ image, self.gram)
-        quotient: torch.Tensor = torch.linalg.solve_triangular(self.lower.T, image, upper=True)[:, 0] / self.lam
+        quotient: torch.Tensor = torch.linalg.solve_triangular(self.lower.T, image, upper=True) / self.lam
         return quotient
 
     @property
@@ -102,9 +102,9 @@ class SumSystem:
         """(λC + kk) v [d_in]."""
         return self.factor @ (self.factor.T @ vector)
 
-    def divide(self, vector: torch.Tensor) -> torch.Tensor:
-        """(λC + kk)⁻¹ v [d_in]."""
-        return torch.cholesky_solve(vector[:, None], self.factor)[:, 0]
+    def divide(self, columns: torch.Tensor) -> torch.Tensor:
+        """(λC + kk)⁻¹ V [d_in, m] for V [d_in, m]."""
+        return torch.cholesky_solve(columns, self.factor)
 
     @property
     def width(self) -> int:
@@ -119,7 +119,7 @@ def estimate_condition(system: PairSystem | SumSystem) -> float:
     eigendecomposition takes d_in³ and minutes per layer of a 7B model. Both ends are approached from within, so the estimate is a lower
     bound, a few percent below where eigenvalues crowd at an end. The start is fixed: equal systems give equal numbers.
     """
-    return _find_largest(system.multiply, system.width) * _find_largest(system.divide, system.width)
+    return _find_largest(system.multiply, system.width) * _find_largest(lambda vector: system.divide(vector[:, None])[:, 0], system.width)
 
 
 def _find_largest(product: Callable[[torch.Tensor], torch.Tensor], width: int) -> float:

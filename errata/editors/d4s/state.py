@@ -2,11 +2,15 @@
 
 Few pairs take less room than the sums and less work to solve, and they are a set: equal contents are equal bytes and equal weights to
 the bit, whatever the order and the batches. Sums have a size that does not depend on the number of edits; there, equal means 1e-8.
+
+A spread that refreshes the residual between layers needs to know what a lower layer does to a key's residual: `Σ X_m k_m k_lᵀ`, which is
+X_m times a sum over pairs again. These cross moments are kept beside the sums where they are wanted, and nowhere else.
 """
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Self
 
 import torch
@@ -24,7 +28,7 @@ _FEW = 4
 
 @dataclass(frozen=True)
 class D4SState:
-    """The live pairs, or `rk_l = Σ r k_lᵀ` and `kk_l = Σ k_l k_lᵀ` over them in float64; neither when count is 0."""
+    """The live pairs, or sums in float64: `rk_l = Σ r k_lᵀ`, `kk_l = Σ k_l k_lᵀ`, perhaps `kx_ml = Σ k_m k_lᵀ`. Neither at count 0."""
 
     base: str
     prepare: str
@@ -35,20 +39,33 @@ class D4SState:
     """Layer → [d_out, d_in] float64; empty before."""
     kk: Mapping[int, torch.Tensor]
     """Layer → [d_in, d_in] float64, symmetric; empty before."""
+    kx: Mapping[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """(m, l) with m < l → [d_in of m, d_in of l] float64: cross moments, of all edited layers or of none; empty before."""
+
+    @property
+    def crossed(self) -> bool:
+        """Whether `read_right` and `carry` know what one layer does to another."""
+        return len(self.kx) == len(list(combinations(self.rk, 2)))
 
     @classmethod
     def empty(cls, base: str, prepare: str) -> Self:
         return cls(base, prepare, 0, None, {}, {})
 
-    def add(self, pairs: Pairs) -> Self:
-        """Raises BaseMismatchError: pairs of another base or other prepare options."""
+    def add(self, pairs: Pairs, crossed: bool = False) -> Self:
+        """
+        Args:
+            crossed: keep cross moments from the moment that pairs become sums; sums that have none do not get any.
+
+        Raises:
+            BaseMismatchError: pairs of another base or other prepare options.
+        """
         pairs.require_same(self.base, self.prepare)
         if self.rk:
-            return self._combine(pairs, 1)
+            return self._combine(pairs, 1, crossed=bool(self.kx))
         every = _order(pairs if self.pairs is None else Pairs.concatenate([self.pairs, pairs]))
         state = type(self)(self.base, self.prepare, len(every), every, {}, {})
         few = min(keys.shape[1] for keys in every.keys.values()) // _FEW
-        return state if len(every) <= few else self.empty(self.base, self.prepare)._combine(every, 1)
+        return state if len(every) <= few else self.empty(self.base, self.prepare)._combine(every, 1, crossed=crossed)
 
     def remove(self, pairs: Pairs) -> Self:
         """Take back pairs that were added before. A count of 0 is the empty state itself, not rounding dust.
@@ -61,7 +78,7 @@ class D4SState:
         if len(pairs) > self.count:
             raise EditorError(f"expected at most {self.count} pairs to remove, found {len(pairs)}")
         if self.pairs is None:
-            return self._combine(pairs, -1)
+            return self._combine(pairs, -1, crossed=bool(self.kx))
         leaving = Counter(pairs.digest_rows())
         kept = []
         for row, digest in enumerate(self.pairs.digest_rows()):
@@ -75,24 +92,54 @@ class D4SState:
             return self.empty(self.base, self.prepare)
         return type(self)(self.base, self.prepare, len(kept), self.pairs.take(kept), {}, {})
 
-    def _combine(self, pairs: Pairs, sign: int) -> Self:
+    def forget_crosses(self) -> Self:
+        """The same state for a spread that needs no cross moments."""
+        return replace(self, kx={}) if self.kx else self
+
+    def read_right(self, layer: int, below: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """What `layer` is asked to write, before its share is taken: R [n, d_out] for the pair system, rk [d_out, d_in] for the sum system.
+
+        Args:
+            below: layer → ΔW [d_out, d_in] float64 of those below, whose part is subtracted: `R − Σ K_m X_mᵀ`, or `rk − Σ X_m kx_ml`.
+        """
+        if self.pairs is None:
+            right = self.rk[layer]
+            for lower, delta in below.items():
+                right = right - delta @ self.kx[lower, layer]
+            return right
+        left = self.pairs.residuals.double()
+        for lower, delta in below.items():
+            left = left - self.pairs.keys[lower].double() @ delta.T
+        return left
+
+    def carry(self, lower: int, layer: int, columns: torch.Tensor) -> torch.Tensor:
+        """`kx_mlᵀ G` [d_in of l, n], in either form, for G [d_in of m, n] float64, m being `lower`."""
+        if self.pairs is None:
+            return self.kx[lower, layer].T @ columns
+        return self.pairs.keys[layer].double().T @ (self.pairs.keys[lower].double() @ columns)
+
+    def _combine(self, pairs: Pairs, sign: int, *, crossed: bool) -> Self:
         """Sums with pairs added or subtracted."""
         count = self.count + sign * len(pairs)
         if count == 0:
             return self.empty(self.base, self.prepare)
         residuals = pairs.residuals.double()
-        rk, kk = dict(self.rk), dict(self.kk)
+        rk, kk, kx = dict(self.rk), dict(self.kk), dict(self.kx)
         for layer, stored in pairs.keys.items():
             keys = stored.double()
             rk[layer] = _accumulate(self.rk.get(layer), residuals, keys, sign)
             kk[layer] = _accumulate(self.kk.get(layer), keys, keys, sign)
-        return type(self)(self.base, self.prepare, count, None, rk, kk)
+        for lower, layer in combinations(sorted(pairs.keys), 2) if crossed else ():
+            left, right = pairs.keys[lower].double(), pairs.keys[layer].double()
+            kx[lower, layer] = _accumulate(self.kx.get((lower, layer)), left, right, sign)
+        return type(self)(self.base, self.prepare, count, None, rk, kk, kx)
 
     def to_bytes(self) -> bytes:
         tensors: dict[str, torch.Tensor] = {f"rk.{layer}": rk.contiguous() for layer, rk in self.rk.items()}
         for layer, kk in self.kk.items():
             for start in range(0, len(kk), _STRIP):
                 tensors[f"kk.{layer}.{start}"] = kk[start : start + _STRIP, start:].contiguous()
+        tensors |= {f"kx.{lower}.{layer}": kx.contiguous() for (lower, layer), kx in self.kx.items()}
         if self.pairs is not None:
             tensors |= self.pairs.to_tensors()
         owners = None if self.pairs is None else self.pairs.owners
@@ -109,7 +156,9 @@ class D4SState:
         pairs = None if owners is None else Pairs.from_tensors(base, prepare, owners, tensors, metadata.get("erased", ()))
         rk = {int(name.removeprefix("rk.")): tensor for name, tensor in tensors.items() if name.startswith("rk.")}
         kk = {layer: _unfold_strips(layer, tensors) for layer in rk}
-        return cls(base, prepare, metadata["count"], pairs, rk, kk)
+        crossed = [name for name in tensors if name.startswith("kx.")]
+        kx = {(int(lower), int(layer)): tensors[name] for name in crossed for _, lower, layer in [name.split(".")]}
+        return cls(base, prepare, metadata["count"], pairs, rk, kk, kx)
 
 
 def _order(pairs: Pairs) -> Pairs:
