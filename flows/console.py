@@ -21,6 +21,7 @@ from flows import (
     console_keep,
     console_longrun,
     console_merge,
+    console_plan,
     console_rebase,
     console_replay,
     console_report,
@@ -367,6 +368,7 @@ def demo() -> None:
 console_undo.add_commands(app)
 console_approval.add_commands(app)
 console_merge.add_commands(app)
+console_plan.add_commands(app)
 console_rebase.add_commands(app)
 console_replay.add_commands(app)
 console_longrun.add_commands(app)

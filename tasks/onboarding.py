@@ -1,5 +1,6 @@
 """A new stream: base, second moments, profile, first commit. Plain functions: nothing here is scheduled."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedModel
 
 from errata.builtin import BUILTIN, ensure_builtin
 from errata.candidates import start_manifest
@@ -15,21 +17,24 @@ from errata.editors.base import Editor
 from errata.editors.catalogue import make_editor
 from errata.editors.d4s.moments import Moments, collect_moments
 from errata.errors import InputError, ModelError, SettingsError
-from errata.modeling.loading import Base, load_base
+from errata.modeling.layout import find_layout
+from errata.modeling.loading import Base, choose_device, load_base
+from errata.plan import Plan, find_room, make_plan, sketch_model, spell_bytes
 from errata.profiles import PrepareOptions, Profile, SolveOptions
 from errata.settings import Settings
 from errata.suggestions import BUILTIN_SUGGESTION, Suggestion, suggest_profile
 from errata.validation import explain_errors
 from errata.world import make_world
 from registry.events import InitCommit
-from registry.shared import BaseRef, get_moments, put_base, put_moments, put_profile
+from registry.shared import BaseRef, fetch_moments, put_base, put_moments, put_profile
 from registry.storage.base import Storage, check_create_if_absent, open_storage
 from registry.stream import Stream, create_stream
 from tasks._progress import show_progress
-from tasks._session import load_model, quiet_transformers
+from tasks._session import free_disk, load_model, quiet_transformers
 from tasks.committing import describe_writer
 
 BUILTIN_NAME = "builtin"
+_log = logging.getLogger(__name__)
 _MOMENT_TOKENS = 100_000
 """Keys counted for second moments; more change them little at the widths that run on a CPU."""
 
@@ -82,7 +87,7 @@ def start_stream(
     """
     storage = open_storage(settings.root)
     check_create_if_absent(storage)
-    placed = place_profile(storage, find_base(settings, source, revision), profile, corpus)
+    placed = place_profile(storage, find_base(settings, source, revision, profile), profile, corpus)
     manifest = start_manifest(placed.editor, placed.ref.digest, placed.profile)
     init = InitCommit(
         seq=0,
@@ -111,9 +116,9 @@ def place_target(
     if source is None and profile is None:
         raise InputError("rebase: expected another base (--base) or another profile (--profile), found neither")
     if source is not None:
-        return place_profile(stream.storage, find_base(settings, source, revision), profile, corpus)
+        return place_profile(stream.storage, find_base(settings, source, revision, profile), profile, corpus)
     model = load_model(settings, stream)
-    own = Moments.from_bytes(get_moments(stream.storage, model.profile.solve.moments))
+    own = Moments.load(fetch_moments(stream.storage, model.profile.solve.moments, settings.cache))
     return place_profile(stream.storage, Source(model.ref, model.folder, model.base), profile, corpus, own)
 
 
@@ -123,7 +128,7 @@ def place_profile(storage: Storage, found: Source, profile: Path | None, corpus:
     Raises:
         InputError, SettingsError, ModelError, StorageError: as `start_stream`.
     """
-    chosen = choose_profile(found, profile)
+    chosen = choose_profile(found.base.model, profile, builtin=found.ref.kind == "builtin")
     if own is not None and corpus is None and set(chosen.prepare.layers) <= set(own.c):
         moments = own
     else:
@@ -136,8 +141,8 @@ def place_profile(storage: Storage, found: Source, profile: Path | None, corpus:
     return Placed(ref, put_profile(storage, ref.digest, made.to_bytes()), editor)
 
 
-def find_base(settings: Settings, source: str, revision: str | None) -> Source:
-    """Load the base a user named; the built-in one is trained if the cache has none."""
+def find_base(settings: Settings, source: str, revision: str | None, profile: Path | None = None) -> Source:
+    """Load the base a user named, if there is room for it and for editing it; the built-in one is trained if the cache has none."""
     quiet_transformers()
     if source == BUILTIN_NAME:
         with show_progress("training the built-in base") as on_progress:
@@ -146,16 +151,58 @@ def find_base(settings: Settings, source: str, revision: str | None) -> Source:
         return Source(BaseRef(kind="builtin", source=BUILTIN.digest, digest=base.digest), folder, base)
     path = Path(source)
     if path.is_dir():
+        require_room(settings, source, None, profile)
         base = load_base(path, device=settings.device)
         return Source(BaseRef(kind="folder", source=str(path.resolve()), digest=base.digest), path, base)
     if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise InputError(f"base: expected '{BUILTIN_NAME}', a model folder or a Hugging Face id, found {source!r}, which is none of them")
     pinned = revision or _pin_revision(source)
+    require_room(settings, source, pinned, profile)
     base = load_base(source, revision=pinned, device=settings.device)
     return Source(BaseRef(kind="hub", source=source, revision=pinned, digest=base.digest), None, base)
 
 
-def choose_profile(found: Source, path: Path | None) -> Suggestion:
+def plan_source(
+    settings: Settings,
+    source: str,
+    *,
+    revision: str | None = None,
+    profile: Path | None = None,
+    edits: int = 1_000,
+    device_memory: int | None = None,
+) -> Plan:
+    """What editing a base would take, from its configuration alone: none of its weights are read.
+
+    Args:
+        source: as in `start_stream`, or a config.json.
+        edits: live at once.
+        device_memory: bytes of the device to plan for; None is what this machine's has free.
+
+    Raises:
+        ModelError, UnknownArchitectureError: no configuration of a model of a known family there.
+        InputError, SettingsError: as `choose_profile`.
+    """
+    if source == BUILTIN_NAME:
+        with show_progress("training the built-in base") as on_progress:
+            model = sketch_model(str(ensure_builtin(BUILTIN, settings.cache, lambda done, total, _: on_progress(done, total))))
+    else:
+        model = sketch_model(source, revision)
+    chosen = choose_profile(model, profile, builtin=source == BUILTIN_NAME)
+    spread = "even" if len(chosen.prepare.layers) > 1 else "single"
+    room = find_room(choose_device(settings.device), free_disk(settings), device_memory)
+    return make_plan(model, chosen.prepare.layers, spread, room, edits=edits, offloads=settings.device_map is not None)
+
+
+def require_room(settings: Settings, source: str, revision: str | None, profile: Path | None) -> None:
+    """Say what editing a base takes, before it is loaded. Raises as `plan_source`, and ModelError: there is no room for it."""
+    plan = plan_source(settings, source, revision=revision, profile=profile)
+    most = {place: sum(line.bytes for line in plan.lines if line.place == place and line.phase == "always") for place in plan.room}
+    said = ", ".join(f"{spell_bytes(size)} on the {place}" for place, size in most.items() if size)
+    _log.info("plan: %s parameters of %s stay as %s; %s", f"{plan.parameters:,}", plan.dtype, said, "fits" if plan.fits else "does not fit")
+    plan.require_fit()
+
+
+def choose_profile(model: PreTrainedModel, path: Path | None, *, builtin: bool) -> Suggestion:
     """The user's profile, else the built-in base's, else published values of the family.
 
     Raises:
@@ -170,10 +217,10 @@ def choose_profile(found: Source, path: Path | None) -> Suggestion:
         except ValidationError as error:
             raise SettingsError(f"{path}: " + "; ".join(map(str, explain_errors(error)))) from None
         return Suggestion(given.prepare, given.lam, given.origin, given.max_norm_ratio)
-    if found.ref.kind == "builtin":
+    if builtin:
         return BUILTIN_SUGGESTION
-    family = found.base.model.config.model_type
-    suggested = suggest_profile(family, found.base.layout.count_layers(found.base.model))
+    family = model.config.model_type
+    suggested = suggest_profile(family, find_layout(model).count_layers(model))
     if suggested is None:
         raise InputError(f"profile: expected one for a {family!r} model (--profile FILE), since no values are published for that family")
     return suggested

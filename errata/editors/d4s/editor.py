@@ -7,6 +7,7 @@ under lower updates, which makes them depend on order. Here keys and residuals a
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from errata.modeling.loading import Base
 from errata.modeling.patch import require_untouched
 from errata.profiles import Profile
 
-_CHUNK_TOKENS = 4_096
+CHUNK_TOKENS = 4_096
 """Padded tokens optimised side by side. Bounds the memory of one step, while matrix products are already as wide as they need to be."""
 
 
@@ -48,8 +49,22 @@ class D4S:
     version = "1"
     order_free = True
 
-    def __init__(self, profile: Profile, moments: Moments, layout: ModelLayout) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        moments: Moments,
+        layout: ModelLayout,
+        *,
+        scratch: Path | None = None,
+        hoards: bool = True,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
         """
+        Args:
+            scratch: folder for sums that are too large for memory; None is the system's place for temporary files.
+            chunk_tokens: padded tokens of edits that are optimised side by side.
+            hoards: whether factors of all layers are kept until they are wanted again, d_in² float64 each, or one at a time.
+
         Raises:
             BaseMismatchError: the moments are of another base.
             EditorError: an edited layer has no moments.
@@ -60,6 +75,7 @@ class D4S:
         if missing:
             raise EditorError(f"second moments: expected layers {list(profile.prepare.layers)}, found none for {sorted(missing)}")
         self._profile, self._moments, self._layout = profile, moments, layout
+        self._scratch, self._hoards, self._chunk_tokens = scratch, hoards, chunk_tokens
         # Layer → factor of C, made when first wanted: C never changes.
         self._factors: dict[int, torch.Tensor] = {}
         # The last state solved and its systems: `measure_fits` asks about the state that `solve` has just factored.
@@ -102,7 +118,7 @@ class D4S:
         parts: list[Pairs] = []
         notes: dict[str, Preparation] = {}
         done = 0
-        for chunk in _chunk(rows, list_units(rows, groups)):
+        for chunk in _chunk(rows, list_units(rows, groups), self._chunk_tokens):
             chosen = [[rows[edit_id] for edit_id in unit] for unit in chunk]
             reading = read_base(base, chosen, options.layers)
             residuals, measured = optimise_targets(base, chosen, reading, options)
@@ -124,14 +140,14 @@ class D4S:
     def empty_state(self) -> D4SState:
         return D4SState.empty(self._profile.base, self._profile.prepare.digest)
 
-    def load_state(self, data: bytes) -> D4SState:
+    def load_state(self, source: bytes | Path) -> D4SState:
         """
         Raises:
             FormatError: not a state.
             BaseMismatchError: a state of another base or other prepare options.
             EditorError: sums without the cross moments that this spread needs; the pairs have to be summed anew.
         """
-        state = D4SState.from_bytes(data)
+        state = D4SState.load(source)
         if not self._refreshes:
             state = state.forget_crosses()
         self._require_own(state)
@@ -143,7 +159,7 @@ class D4S:
             state = state.remove(remove)
         if add is not None and len(add):
             state = state.add(add, self._refreshes)
-        return state
+        return state.settle(self._scratch)
 
     def solve(self, state: D4SState) -> WeightDelta | None:
         """See `Editor.solve`. Raises EditorError: the system is singular, or its solution is not finite."""
@@ -240,6 +256,9 @@ class D4S:
         systems = self._formed[1]
         if layer in systems:
             return systems[layer]
+        if not self._hoards:
+            systems.clear()
+            self._factors.clear()
         try:
             if state.pairs is None:
                 systems[layer] = SumSystem.form(state.kk[layer], c, lam)
@@ -252,15 +271,15 @@ class D4S:
         return systems[layer]
 
 
-def _chunk(rows: Mapping[str, EditRows], units: Sequence[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
-    """Units in their order, cut so that a chunk's padded tokens stay below `_CHUNK_TOKENS`."""
+def _chunk(rows: Mapping[str, EditRows], units: Sequence[tuple[str, ...]], tokens: int) -> list[list[tuple[str, ...]]]:
+    """Units in their order, cut so that a chunk's padded tokens stay below `tokens`."""
     chunks: list[list[tuple[str, ...]]] = []
     longest, count = 0, 0
     for unit in units:
         wide = max(len(row.ids) for edit_id in unit for row in rows[edit_id].contexts)
         more = sum(len(rows[edit_id].contexts) for edit_id in unit) + 1
         longest, count = max(longest, wide), count + more
-        if not chunks or longest * count > _CHUNK_TOKENS:
+        if not chunks or longest * count > tokens:
             chunks.append([])
             longest, count = wide, more
         chunks[-1].append(unit)

@@ -4,12 +4,14 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 import torch
 
 from errata.editors.artifacts import pack_tensors, unpack_tensors
 from errata.editors.base import Progress
+from errata.editors.stored import Lazy, TensorFile
 from errata.edits import canonical_json, digest_of
 from errata.errors import EditorError
 from errata.modeling.loading import Base
@@ -18,7 +20,8 @@ from errata.modeling.tokens import encode_prompt, find_pad, pad_rows
 from errata.modeling.trace import trace_inputs
 
 _FORMAT = 1
-_BATCH_TOKENS = 8_192
+BATCH_TOKENS = 8_192
+"""Padded tokens of one pass."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,15 @@ class Moments:
         tensors, metadata = unpack_tensors(data, "moments", _FORMAT)
         c = {int(name.removeprefix("c.")): tensor for name, tensor in tensors.items()}
         return cls(metadata["base"], metadata["corpus"], metadata["seed"], metadata["tokens"], c)
+
+    @classmethod
+    def load(cls, source: bytes | Path) -> Self:
+        """From bytes, or from a file, where C of each layer stays until it is asked for. Raises FormatError: not moments of this format."""
+        if isinstance(source, bytes):
+            return cls.from_bytes(source)
+        file = TensorFile(source, "moments", _FORMAT)
+        c = Lazy({int(name.removeprefix("c.")): shape for name, shape in file.shapes.items()}, lambda layer: file[f"c.{layer}"])
+        return cls(file.metadata["base"], file.metadata["corpus"], file.metadata["seed"], file.metadata["tokens"], c)
 
 
 @torch.no_grad()
@@ -99,12 +111,12 @@ def _take_real(real: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _chunk(rows: Sequence[list[int]]) -> list[list[list[int]]]:
-    """Rows in their order, cut into batches of at most `_BATCH_TOKENS` padded tokens."""
+    """Rows in their order, cut into batches of at most `BATCH_TOKENS` padded tokens."""
     chunks: list[list[list[int]]] = []
     longest = 0
     for row in rows:
         longest = max(longest, len(row))
-        if not chunks or longest * (len(chunks[-1]) + 1) > _BATCH_TOKENS:
+        if not chunks or longest * (len(chunks[-1]) + 1) > BATCH_TOKENS:
             chunks.append([])
             longest = len(row)
         chunks[-1].append(row)
