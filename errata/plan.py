@@ -6,16 +6,16 @@ Weights, second moments, sums and pairs are counted exactly, from shapes. Activa
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from errata.editors.d4s.editor import CHUNK_TOKENS
 from errata.editors.d4s.moments import BATCH_TOKENS
 from errata.editors.d4s.state import HELD, count_snapshot, count_sums, keeps_pairs
 from errata.errors import InputError, ModelError
 from errata.modeling.layout import ModelLayout, find_layout
+from errata.modeling.offload import list_free
 
 _ROW = 16
 """Tokens of a row of an edit, its context included, that is as short as they come: many rows mean many predictions."""
@@ -97,43 +97,18 @@ _ADVICE: dict[Place, str] = {
 }
 
 
-def sketch_model(source: str, revision: str | None = None) -> PreTrainedModel:
-    """A model without its weights, on the meta device, from its configuration alone.
-
-    Args:
-        source: a model folder, a config.json, or a Hugging Face id.
-
-    Raises:
-        ModelError: no configuration of a causal language model there.
-    """
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        return sketch_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"base: expected a Hugging Face causal language model at {source!r}, could not read it: {reason}") from None
-
-
-def sketch_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """As `sketch_model`, in the dtype that the configuration names, else float32."""
-    dtype = getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model
-
-
 def find_room(device: torch.device, disk: int, device_memory: int | None = None) -> Room:
     """What this machine has now.
 
     Args:
         device_memory: bytes to plan with instead of what the device has free.
     """
-    memory = psutil.virtual_memory().available
-    if device.type == "cuda":
-        return Room(torch.cuda.mem_get_info(device)[0] if device_memory is None else device_memory, memory, disk, False)
-    if device_memory is None:
-        return Room(memory, memory, disk, True)
-    return Room(device_memory, memory, disk, False)
+    free = list_free(device)
+    if device_memory is not None:
+        return Room(device_memory, free["cpu"], disk, False)
+    if device.type == "cpu":
+        return Room(free["cpu"], free["cpu"], disk, True)
+    return Room(free.get(device.index or 0, free["cpu"]), free["cpu"], disk, False)
 
 
 def count_weights(model: PreTrainedModel) -> int:
@@ -148,7 +123,7 @@ def count_factors(shapes: Sequence[tuple[int, int]]) -> int:
 
 def can_hoard(shapes: Sequence[tuple[int, int]]) -> bool:
     """Whether factors of all layers may stay in memory: a quarter of what is free now."""
-    return bool(count_factors(shapes) <= psutil.virtual_memory().available // 4)
+    return bool(count_factors(shapes) <= list_free(torch.device("cpu"))["cpu"] // 4)
 
 
 def make_plan(

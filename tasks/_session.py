@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -57,7 +57,8 @@ def load_named(settings: Settings, storage: Storage, base_digest: str, profile_d
         torch.set_num_threads(settings.threads)
     ref = get_base(storage, base_digest)
     folder = None if ref.kind == "hub" else fetch_base(storage, base_digest, settings.cache)
-    base = _hold_base(str(folder or ref.source), ref.revision, settings.device, base_digest)
+    place = (settings.device, settings.device_map, settings.cache / "offload")
+    base = _hold_base(str(folder or ref.source), ref.revision, base_digest, *place)
     profile = Profile.model_validate_json(get_profile(storage, base_digest, profile_digest))
     moments = Moments.load(fetch_moments(storage, profile.solve.moments, settings.cache))
     limits = limit_editor(settings, base, profile)
@@ -112,7 +113,7 @@ def read_manifest(stream: Stream, digest: str) -> Manifest:
 
 
 @lru_cache(maxsize=1)
-def _hold_base(source: str, revision: str | None, device: str, digest: str) -> Base:
+def _hold_base(source: str, revision: str | None, digest: str, device: str, device_map: Literal["auto"] | None, offload: Path) -> Base:
     # Safe to share between stages: a base is frozen, and artifacts are attached for the length of a block only.
     quiet_transformers()
-    return load_base(source, revision=revision, device=device, expect=digest)
+    return load_base(source, revision=revision, device=device, expect=digest, device_map=device_map, offload=offload)

@@ -18,8 +18,8 @@ from errata.editors.catalogue import make_editor
 from errata.editors.d4s.moments import Moments, collect_moments
 from errata.errors import InputError, ModelError, SettingsError
 from errata.modeling.layout import find_layout
-from errata.modeling.loading import Base, choose_device, load_base
-from errata.plan import Plan, find_room, make_plan, sketch_model, spell_bytes
+from errata.modeling.loading import Base, choose_device, load_base, sketch_model
+from errata.plan import Plan, find_room, make_plan, spell_bytes
 from errata.profiles import PrepareOptions, Profile, SolveOptions
 from errata.settings import Settings
 from errata.suggestions import BUILTIN_SUGGESTION, Suggestion, suggest_profile
@@ -152,13 +152,14 @@ def find_base(settings: Settings, source: str, revision: str | None, profile: Pa
     path = Path(source)
     if path.is_dir():
         require_room(settings, source, None, profile)
-        base = load_base(path, device=settings.device)
+        base = load_base(path, device=settings.device, device_map=settings.device_map, offload=settings.cache / "offload")
         return Source(BaseRef(kind="folder", source=str(path.resolve()), digest=base.digest), path, base)
     if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise InputError(f"base: expected '{BUILTIN_NAME}', a model folder or a Hugging Face id, found {source!r}, which is none of them")
     pinned = revision or _pin_revision(source)
     require_room(settings, source, pinned, profile)
-    base = load_base(source, revision=pinned, device=settings.device)
+    spread: dict[str, Any] = {"device_map": settings.device_map, "offload": settings.cache / "offload"}
+    base = load_base(source, revision=pinned, device=settings.device, **spread)
     return Source(BaseRef(kind="hub", source=source, revision=pinned, digest=base.digest), None, base)
 
 

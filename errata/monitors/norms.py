@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from errata.modeling.loading import Base
+from errata.modeling.offload import read_parameter
 from errata.modeling.patch import add_once
 from errata.report import Casting, WeightNorms
 
@@ -37,7 +38,7 @@ def measure_norms(base: Base, deltas: Mapping[str, torch.Tensor], conditions: Ma
     """
     measured = []
     for name, delta in sorted(deltas.items()):
-        stored = base.model.get_parameter(name).detach()
+        stored = read_parameter(base.model, name)
         weight = stored.float()
         change = base.layout.orient(delta).to(weight.device, torch.float32)
         edited = weight + change

@@ -59,7 +59,8 @@ class Storage(Protocol):
         ...
 
     def create_from(self, key: str, file: BinaryIO) -> None:
-        """As `create`, of a value that need not fit in memory: all of `file`, which can seek. For values that their key tells: where
+        """As `create`, of a value that need not fit in memory: all of `file`, which can seek and is not
+        used again. For values that their key tells: where
         several requests are needed (S3 above 5 GB), two writers may both believe that they created it.
 
         Raises:

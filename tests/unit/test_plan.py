@@ -20,7 +20,7 @@ from errata.editors.d4s.targets import optimise_targets
 from errata.edits import Edit
 from errata.errors import InputError, ModelError
 from errata.modeling.layout import find_layout
-from errata.modeling.loading import Base
+from errata.modeling.loading import Base, sketch_config, sketch_model
 from errata.plan import (
     Plan,
     Room,
@@ -29,8 +29,6 @@ from errata.plan import (
     count_weights,
     make_plan,
     read_bytes,
-    sketch_config,
-    sketch_model,
     spell_bytes,
 )
 from errata.profiles import PrepareOptions, Profile, SolveOptions
