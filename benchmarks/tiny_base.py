@@ -75,4 +75,4 @@ def start_root(root: str, base: Path, home: Path) -> None:
     profile.write_text(json.dumps({"prepare": choose_options().model_dump(mode="json"), "lam": 1.0, "origin": "test"}))
     corpus.write_text("\n".join(SENTENCES))
     settings = load_settings(root=root, cache=home / "cache", device="cpu", threads=1)
-    start_stream(settings, str(base), profile=profile, corpus=corpus)
+    start_stream(settings, str(base), profile=str(profile), corpus=corpus)

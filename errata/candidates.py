@@ -58,6 +58,7 @@ def prepare_batch(
     remember: Callable[[str, Mapping[str, Sequence[float]]], None],
     on_progress: Progress | None = None,
     groups: Sequence[Sequence[str]] = (),
+    state: State | None = None,
 ) -> PreparedBatch:
     """Pairs of a batch: those of an earlier, interrupted run are reused, the others are made and stored chunk by chunk.
 
@@ -65,6 +66,8 @@ def prepare_batch(
         known: name of a pair (`name_pair`) → pair stored by an earlier run.
         remember: called with (digest of a stored pairs object, name → losses of its rows, in order) right after each write.
         groups: ids of edits that share one pair.
+        state: what the pairs will be added to, without those that leave. Only an editor that is not order-free asks for it: each chunk is
+            prepared on it and on the pairs of the batch that are there already.
     """
     by_id = {edit.edit_id: edit for edit in edits}
     refs: dict[str, PairRef] = {}
@@ -78,12 +81,15 @@ def prepare_batch(
             continue
         refs |= dict.fromkeys(unit, stored.ref)
         losses |= dict(zip(unit, stored.losses, strict=True))
+    ground = None if editor.order_free else editor.merge(state or editor.empty_state(), read_pairs(blobs, sort_refs(refs.values())), None)
     for chunk in _cut(missing):
         asked = [by_id[edit_id] for unit in chunk for edit_id in unit]
-        prepared = editor.prepare(base, asked, _shift_progress(on_progress, len(refs) + len(refused), len(edits)), groups)
+        prepared = editor.prepare(base, asked, _shift_progress(on_progress, len(refs) + len(refused), len(edits)), groups, ground)
         refused |= prepared.refused
         if prepared.pairs is None:
             continue
+        if ground is not None:
+            ground = editor.merge(ground, prepared.pairs, None)
         digest = blobs.put(prepared.pairs.to_bytes())
         left = {edit_id: prepared.notes[edit_id].target_nll for owners in prepared.pairs.owners for edit_id in owners}
         names = [name_pair([by_id[edit_id] for edit_id in owners]) for owners in prepared.pairs.owners]
@@ -199,7 +205,7 @@ def take_snapshot(ref: StateRef, snapshot: str) -> StateRef:
 
 @dataclass(frozen=True)
 class Restart:
-    """A state that was summed from nothing, and a recipe that begins there."""
+    """A state in one piece, from which a stream goes on, and its recipe."""
 
     state: Any
     recipe: str
@@ -223,15 +229,33 @@ def restart_state(blobs: Blobs, editor: Editor[Any], base: str, profile: str, re
     return Restart(state, extend_recipe(start_manifest(editor, base, profile).recipe, "add", sorted(digests)))
 
 
-def restart_manifest(editor: Editor[Any], base: str, profile: str, recipe: str, artifact: bytes | None, snapshot: str | None) -> Manifest:
+def adopt_state(editor: Editor[Any], base: str, profile: str, state: Any, recipe: str) -> Restart | None:
+    """The same sums under another solve part, `editor` being that of the new profile. The recipe gets one more link, which is the recipe
+    that a stream without edits has there: base, profile, editor and options. None where the pairs have to be summed anew.
+
+    Raises:
+        BaseMismatchError: the profile has another base or other prepare options.
+    """
+    carried = editor.carry_state(state)
+    if carried is None:
+        return None
+    return Restart(carried, extend_recipe(recipe, "solve", [start_manifest(editor, base, profile).recipe]))
+
+
+def restart_manifest(
+    editor: Editor[Any], base: str, profile: str, recipe: str, artifact: bytes | None, snapshot: str | None, operations: int = 0
+) -> Manifest:
     """The manifest of a restarted state: its artifact, and the digest of the state itself unless it is empty."""
-    state = StateRef(snapshot=snapshot)
+    state = StateRef(snapshot=snapshot, operations=operations)
     layer = Layer(editor=editor.name, editor_version=editor.version, artifact=digest_of(artifact) if artifact else None, state=state)
     return Manifest(base=base, profile=profile, layers=(layer,), recipe=recipe)
 
 
-def store_restart(blobs: Blobs, editor: Editor[Any], base: str, profile: str, made: Restart) -> Manifest:
+def store_restart(blobs: Blobs, editor: Editor[Any], base: str, profile: str, made: Restart, operations: int = 0) -> Manifest:
     """Solve a restarted state and store it; its manifest, which is not stored yet.
+
+    Args:
+        operations: as in `StateRef`.
 
     Raises:
         EditorError: the system cannot be solved.
@@ -241,7 +265,7 @@ def store_restart(blobs: Blobs, editor: Editor[Any], base: str, profile: str, ma
     snapshot = blobs.put_from(made.state.write) if made.state.count else None
     if weights is not None:
         blobs.put(weights)
-    return restart_manifest(editor, base, profile, made.recipe, weights, snapshot)
+    return restart_manifest(editor, base, profile, made.recipe, weights, snapshot, operations)
 
 
 def build_anew(blobs: Blobs, editor: Editor[Any], base: str, profile: str, refs: Sequence[PairRef]) -> Candidate:

@@ -90,6 +90,16 @@ def decide(report: Report, history: Sequence[Decision], settings: GateSettings) 
     return Decision(round=len(history) + 1, verdict="retry", drop=drop, defer=rest[half:], rest=rest[:half], reasons=reasons)
 
 
+def decide_whole(report: Report, settings: GateSettings) -> Decision:
+    """Judge a candidate with the edits that were live before it, none of which can be taken out.
+
+    Args:
+        report: its rows are a sample of them. Whether they still take is retention, which has budgets of its own.
+    """
+    faults = find_batch_faults(report.model_copy(update={"efficacy": Mean()}), settings)
+    return Decision(round=1, verdict="reject" if faults else "accept", reasons=faults or (_praise(report),))
+
+
 def settle(decisions: Sequence[Decision]) -> dict[str, Settled]:
     """Edit id → how it ended, over all rounds of a batch whose last decision accepts or rejects.
 

@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from errata.edits import canonical_json, digest_of
+from errata.errors import InputError
+
+Spread = Literal["single", "even", "refresh", "d4s_code"]
 
 
 class PrepareOptions(BaseModel):
@@ -33,6 +36,15 @@ class PrepareOptions(BaseModel):
     """Weight of KL(base ‖ now) on the token after the subject."""
     stop_loss: float = Field(default=0.05, ge=0)
     """An edit whose loss falls below this is finished."""
+    keys: Literal["frozen", "cascade"] = "frozen"
+    """Where the keys of layers above the first are read: on the base, or, as published, on the base with the layers below already written,
+    which makes a pair depend on what was live when it was prepared."""
+
+    @model_serializer(mode="wrap")
+    def _omit_frozen(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Options from before there was a choice of keys keep their digest."""
+        content: dict[str, Any] = spell(self)
+        return content if self.keys != "frozen" else {name: value for name, value in content.items() if name != "keys"}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -57,7 +69,7 @@ class SolveOptions(BaseModel):
 
     lam: float = Field(gt=0)
     """λ: the weight of the preserved keys, as a pseudo-count of keys, since C is a mean."""
-    spread: Literal["single", "even", "refresh", "d4s_code"]
+    spread: Spread
     """How L layers share the residual: `single` is for one layer; `even` asks each for 1/L of it; `refresh` asks each, bottom-up, for
     1/L, 1/(L−1), …, 1 of what those below leave; `d4s_code` for the same shares of all of it, as published: H_L times the residual."""
     moments: str
@@ -101,3 +113,15 @@ class Profile(BaseModel):
     @property
     def digest(self) -> str:
         return digest_of(self.to_bytes())
+
+
+def require_same_pairs(own: Profile, other: Profile) -> None:
+    """Raises InputError where pairs that were prepared under one profile are none under the other."""
+    if own.base != other.base:
+        raise InputError(f"adopt: expected a profile of base {own.base[:12]}, found one of {other.base[:12]}; `errata rebase` goes there")
+    ours, theirs = own.prepare.model_dump(mode="json"), other.prepare.model_dump(mode="json")
+    if differing := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise InputError(
+            f"adopt: expected the prepare part that the stream's pairs were made with, found another ({', '.join(differing)}); "
+            "`errata rebase --profile` prepares them anew"
+        )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from errata.candidates import (
+    adopt_state,
     extend_state,
     load_state,
     merge_refs,
@@ -27,7 +28,7 @@ from errata.errors import BaseMismatchError, EditorError, KeyMissingError, Objec
 from errata.exactness import RELATIVE, measure_gap
 from errata.findings import Finding, FindingState, describe_fault, find_fault
 from errata.manifests import Layer, Manifest
-from errata.steps import Entry, Point, Remade, Step, list_named
+from errata.steps import Entry, Point, Remade, Site, Step, list_named
 
 ROUNDING = 2.0**-23
 """As `RELATIVE`, for weights that were stored in float32."""
@@ -67,6 +68,8 @@ class Replay:
     _point: Point | None = None
     _parents: dict[int, int] = field(default_factory=dict)
     _restated: dict[int, int] = field(default_factory=dict)
+    _sites: dict[int, Site] = field(default_factory=dict)
+    """Where the state of each commit is."""
     _snapshots: set[int] = field(default_factory=set)
     _known: dict[str, Manifest] = field(default_factory=dict)
     """Damaged manifests that were made again."""
@@ -97,14 +100,15 @@ class Replay:
         if entry.site is not None:
             self.editor, self.base, self.profile = entry.site.editor, entry.site.base, entry.site.profile
         self._parents[entry.seq] = entry.parent
+        self._sites[entry.seq] = Site(self.editor, self.base, self.profile)
         if entry.restates is not None:
             self._restated[entry.seq] = entry.restates
         step = self.read_step(entry.seq) if entry.restates is None and entry.seq else None
-        changes = spell_changes(step.add, step.remove) if step and not step.fresh else None
+        changes = spell_changes(step.add, step.remove) if step and not step.fresh and not step.adopts else None
         reached = self._reach(entry, step, solve)
         if self.parted:
             return None
-        stored = self._find_manifest(entry, before, reached, changes, fresh=step is not None and step.fresh)
+        stored = self._find_manifest(entry, before, reached, changes, step)
         named, self._named = self._named, list_named(entry.manifest, stored)
         if entry.rebuilt:
             self.settle(named - self._named)
@@ -126,8 +130,9 @@ class Replay:
     # To the state after a commit
 
     def _begin(self) -> Point:
-        first = start_manifest(self.editor, self.base, self.profile)
-        return Point(self.editor.empty_state(), first.recipe, first)
+        site = self._sites[0]
+        first = start_manifest(site.editor, site.base, site.profile)
+        return Point(site.editor.empty_state(), first.recipe, first)
 
     def _reach(self, entry: Entry, step: Step | None, solve: bool) -> Point | None:
         if entry.seq == 0:
@@ -138,7 +143,7 @@ class Replay:
         if step is None or (self._point is None and not step.fresh):
             return None
         try:
-            reached = self._merge(self._point, step)
+            reached = self._merge(self._point, step, self._sites[entry.seq])
             if step.fresh and self._point is not None and entry.site is None:
                 self._compare_restart(entry.seq, self._point, reached, solve)
             return reached
@@ -149,12 +154,17 @@ class Replay:
             pass  # reported with the commit that stored them
         return None
 
-    def _merge(self, point: Point | None, step: Step) -> Point:
+    def _merge(self, point: Point | None, step: Step, site: Site) -> Point:
         if step.fresh:
-            made = restart_state(self.blobs, self.editor, self.base, self.profile, step.add)
+            made = restart_state(self.blobs, site.editor, site.base, site.profile, step.add)
             return Point(made.state, made.recipe, None)
         assert point is not None, "only a fresh step stands on nothing"
-        merged = merge_refs(self.blobs, self.editor, point.state, point.recipe, step.add, step.remove)
+        if step.adopts:
+            adopted = adopt_state(site.editor, site.base, site.profile, point.state, point.recipe)
+            if adopted is None:
+                raise EditorError("expected sums that its profile can solve, found some that it cannot")
+            return Point(adopted.state, adopted.recipe, None)
+        merged = merge_refs(self.blobs, site.editor, point.state, point.recipe, step.add, step.remove)
         return Point(merged.state, merged.recipe, None)
 
     def _origin(self, seq: int) -> int:
@@ -174,12 +184,13 @@ class Replay:
             seq = self._origin(self._parents[seq])
         point = self._begin()
         for earlier, step in reversed(line):
+            site = self._sites[earlier]
             try:
-                point = self._merge(point, step)
+                point = self._merge(point, step, site)
             except (KeyMissingError, ObjectCorruptError):
                 return None
             if earlier in self._snapshots:
-                point = Point(self.editor.load_state(point.state.to_bytes()), point.recipe, None)
+                point = Point(site.editor.load_state(point.state.to_bytes()), point.recipe, None)
         return point
 
     def _resume(self, entry: Entry, stored: Manifest | None, changes: bytes | None) -> Point | None:
@@ -201,7 +212,7 @@ class Replay:
     # What is stored, and whether it is the same
 
     def _find_manifest(
-        self, entry: Entry, before: Point | None, reached: Point | None, changes: bytes | None, *, fresh: bool
+        self, entry: Entry, before: Point | None, reached: Point | None, changes: bytes | None, step: Step | None
     ) -> Manifest | None:
         fault = find_fault(self.blobs, entry.manifest)
         if fault is None:
@@ -209,7 +220,7 @@ class Replay:
         if entry.manifest in self._known:
             return self._known[entry.manifest]
         if reached is not None:
-            for guess in [self._spell_restart(reached)] if fresh else self._guess_manifests(entry, before, reached, changes):
+            for guess in self._guess_manifests(entry, before, reached, changes, step):
                 if guess.digest == entry.manifest:
                     self._check(entry.seq, "manifest", entry.manifest, guess.to_bytes())
                     self._known[entry.manifest] = guess
@@ -217,11 +228,19 @@ class Replay:
         self._report(entry.seq, "manifest", entry.manifest, fault, "lost" if reached is None else "unequal")
         return None
 
-    def _guess_manifests(self, entry: Entry, before: Point | None, reached: Point, changes: bytes | None) -> Iterator[Manifest]:
+    def _guess_manifests(
+        self, entry: Entry, before: Point | None, reached: Point, changes: bytes | None, step: Step | None
+    ) -> Iterator[Manifest]:
         """What the manifest of a commit can have been: with a snapshot, or without."""
         if entry.seq == 0:
             yield start_manifest(self.editor, self.base, self.profile)
-        if before is None or before.manifest is None or changes is None:
+        if step is not None and step.fresh:
+            yield self._spell_restart(reached, 0)
+        if before is None or before.manifest is None:
+            return
+        if step is not None and step.adopts:
+            yield self._spell_restart(reached, before.manifest.layers[0].state.operations)
+        if changes is None:
             return
         layer = before.manifest.layers[0]
         artifact = self.editor.solve(reached.state)
@@ -231,10 +250,11 @@ class Replay:
             built = layer.model_copy(update={"artifact": weights, "state": state})
             yield before.manifest.model_copy(update={"layers": (built,), "recipe": reached.recipe})
 
-    def _spell_restart(self, reached: Point) -> Manifest:
+    def _spell_restart(self, reached: Point, operations: int) -> Manifest:
         artifact = self.editor.solve(reached.state)
+        weights = artifact.to_bytes() if artifact else None
         snapshot = digest_written(reached.state.write) if reached.state.count else None
-        return restart_manifest(self.editor, self.base, self.profile, reached.recipe, artifact.to_bytes() if artifact else None, snapshot)
+        return restart_manifest(self.editor, self.base, self.profile, reached.recipe, weights, snapshot, operations)
 
     def _compare_restart(self, seq: int, before: Point, after: Point, solve: bool) -> None:
         """What a compaction summed anew must be what the log had led to."""

@@ -46,6 +46,8 @@ class Round(_Record):
     """Edit id → ρ, the fraction of its residual that the solve realises."""
     report: str | None = None
     decision: Decision | None = None
+    live: str | None = None
+    """Digest of the list of pairs that were summed from nothing, where that was not what was asked for."""
     seconds: dict[str, float] = {}
     """Stage → wall seconds."""
 

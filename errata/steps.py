@@ -15,6 +15,8 @@ class Step:
     add: tuple[PairRef, ...] = ()
     fresh: bool = False
     """The state begins anew: it is the sum of `add`, all that is live."""
+    adopts: bool = False
+    """The state stays, and is solved under another profile."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Published values were chosen for one model each (GPT-2 XL, GPT-J-6B, Llama-3-8B)
 from dataclasses import dataclass
 
 from errata.builtin import BUILTIN
-from errata.profiles import PrepareOptions
+from errata.profiles import PrepareOptions, Spread
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Suggestion:
     lam: float
     origin: str
     max_norm_ratio: float | None = None
+    spread: Spread | None = None
+    """None: the default for its layers."""
 
 
 BUILTIN_SUGGESTION = Suggestion(
@@ -61,6 +63,12 @@ _PUBLISHED = {
     "gptj": _Published(3 / 28, 8 / 28, 0.5, 0.75, 0.5, 25, 15_000, "MEMIT's values for GPT-J-6B, layers scaled to depth"),
     "llama": _Published(4 / 32, 8 / 32, 0.1, 0.75, 0.5, 25, 15_000, "AlphaEdit's values for Llama-3-8B, layers scaled to depth"),
 }
+
+
+def choose_spread(layers: int) -> Spread:
+    """The default for a number of layers, as measured by `benchmarks/spread.py`: at a λ that suits the base `refresh` writes no better than
+    `even`, and its cross moments take more memory than all other sums together from four layers on."""
+    return "even" if layers > 1 else "single"
 
 
 def suggest_profile(family: str, depth: int) -> Suggestion | None:

@@ -34,7 +34,9 @@ class BatchSummary(BaseModel):
         return self.decision == "accept"
 
 
-class WithdrawalSummary(BaseModel):
+class _Judged(BaseModel):
+    """Of a change to live edits that the gate takes or refuses as a whole."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stream: str
@@ -42,12 +44,8 @@ class WithdrawalSummary(BaseModel):
     """Number of the commit, which is a rejection where the gate refused; None for a dry run."""
     decision: str
     """`accept` or `reject`."""
-    withdrawn: tuple[str, ...]
-    """Occurrences, as they were asked for; live still where the gate refused."""
     live: int
-    """Edits that are live without them."""
-    measured: Withdrawal | None
-    """None where the candidate could not be put on the base."""
+    """Edits that are live with it."""
     metrics: dict[str, float]
     """Names as in `Report.metrics`."""
     reasons: tuple[str, ...]
@@ -57,6 +55,13 @@ class WithdrawalSummary(BaseModel):
     @property
     def accepted(self) -> bool:
         return self.decision == "accept"
+
+
+class WithdrawalSummary(_Judged):
+    withdrawn: tuple[str, ...]
+    """Occurrences, as they were asked for; live still where the gate refused."""
+    measured: Withdrawal | None
+    """None where the candidate could not be put on the base."""
 
 
 class RollbackSummary(BaseModel):
@@ -74,20 +79,11 @@ class RollbackSummary(BaseModel):
     live: int
 
 
-class RebaseSummary(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    stream: str
-    commit: int | None
-    """Number of the commit, which is a rejection where the gate refused; None for a dry run."""
-    decision: str
-    """`accept` or `reject`."""
+class RebaseSummary(_Judged):
     base: str
     """Digest of the base it is to stand on."""
     profile: str
     """Likewise."""
-    live: int
-    """Edits that are live there."""
     answered: tuple[str, ...]
     """Occurrences whose answer that base gives without them."""
     withdrawn: tuple[str, ...]
@@ -96,15 +92,15 @@ class RebaseSummary(BaseModel):
     """Occurrence that cannot be had there → why."""
     rounds: int
     """How often it was summed and judged."""
-    metrics: dict[str, float]
-    """Names as in `Report.metrics`."""
-    reasons: tuple[str, ...]
-    seconds: dict[str, float]
-    """Stage → wall seconds."""
 
-    @property
-    def accepted(self) -> bool:
-        return self.decision == "accept"
+
+class AdoptionSummary(_Judged):
+    """Its metrics are of a sample of the live edits."""
+
+    profile: str
+    """Digest of the profile it is to be under."""
+    summed: bool
+    """The pairs were read and summed anew, because the new spread needs sums that there were not."""
 
 
 class CompactionSummary(BaseModel):

@@ -14,6 +14,7 @@ from errata.errors import ErrataError, InputError
 from errata.logs import start_logs
 from errata.settings import load_settings
 from flows import (
+    console_adopt,
     console_alerts,
     console_approval,
     console_erase,
@@ -87,7 +88,7 @@ def init(
     stream: StreamName = None,
     base: Annotated[str, typer.Option(help="'builtin', a model folder, or a Hugging Face id.")] = "builtin",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="JSON file with `prepare` options and `lam`.")] = None,
+    profile: Annotated[str | None, typer.Option(help="JSON file with `prepare` options and `lam`, or a stored profile's digest.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Text file, one passage per line: what the model must go on knowing.")] = None,
 ) -> None:
     """Make a stream: load the base, measure its second moments, write the first commit."""
@@ -370,6 +371,7 @@ console_approval.add_commands(app)
 console_merge.add_commands(app)
 console_plan.add_commands(app)
 console_rebase.add_commands(app)
+console_adopt.add_commands(app)
 console_replay.add_commands(app)
 console_longrun.add_commands(app)
 console_erase.add_commands(app)

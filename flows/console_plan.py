@@ -39,7 +39,7 @@ def plan(
         settings,
         base,
         revision=revision,
-        profile=profile,
+        profile=None if profile is None else str(profile),
         edits=edits,
         device_memory=None if device_memory is None else read_bytes(device_memory),
     )

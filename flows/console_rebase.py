@@ -20,7 +20,7 @@ def rebase(
     stream: Annotated[str, typer.Argument(metavar="STREAM", help="Whose live edits.")],
     base: Annotated[str | None, typer.Option(help="'builtin', a model folder, or a Hugging Face id; its own base without one.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="JSON file with `prepare` options and `lam`.")] = None,
+    profile: Annotated[str | None, typer.Option(help="JSON file with `prepare` options and `lam`, or a stored profile's digest.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Text file, one passage per line: what the model must go on knowing.")] = None,
     drop_answered: Annotated[bool, typer.Option("--drop-answered", help="Take back edits that the base answers without them.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Prepare, evaluate and decide; commit nothing.")] = False,

@@ -15,7 +15,6 @@ from registry.collection import secure_objects
 from registry.events import (
     AcceptedCommit,
     Commit,
-    CompactionCommit,
     ErasureCommit,
     InitCommit,
     PromotionCommit,
@@ -24,6 +23,7 @@ from registry.events import (
     RejectionCommit,
     ReturnCommit,
     Status,
+    SummingCommit,
     write_commit,
 )
 from registry.fold import ASIDE, HELD, Changes, EditRow, Head, Move, advance_head, choose_moved, derive_changes
@@ -88,7 +88,7 @@ def _check_objects(stream: Stream, draft: Commit) -> None:
         **{f"pairs[{i}]": digest for i, digest in enumerate(draft.pairs)},
         **{f"file {use.name}": use.digest for use in draft.files},
     }
-    if isinstance(draft, CompactionCommit):
+    if isinstance(draft, SummingCommit):
         named["live list"] = draft.live
     present = {name: digest for name, digest in named.items() if digest is not None}
     try:
@@ -108,10 +108,10 @@ def _check_changes(stream: Stream, draft: Commit, parent: Head) -> None:
         raise StorageError(f"{draft.name}: expected the previous manifest {parent.manifest}, found {draft.manifest}")
     if isinstance(draft, ReturnCommit):
         _check_target(stream, draft)
-    if isinstance(draft, RebuildCommit | CompactionCommit) and draft.of != parent.accepted:
+    if isinstance(draft, RebuildCommit | SummingCommit) and draft.of != parent.accepted:
         raise StorageError(f"{draft.name}: expected the state of the newest accepted commit {parent.accepted}, found that of {draft.of}")
-    if isinstance(draft, CompactionCommit):
-        _check_live(stream, draft)
+    if isinstance(draft, SummingCommit) and draft.live:
+        _check_live(stream, draft, draft.live)
     _check_site(stream, draft, parent)
     changes = derive_changes(draft, stream.read_batch(draft), stream.read_outcomes(draft))
     _check_files(stream, draft)
@@ -152,9 +152,9 @@ def _check_target(stream: Stream, draft: ReturnCommit) -> None:
         )
 
 
-def _check_live(stream: Stream, draft: CompactionCommit) -> None:
+def _check_live(stream: Stream, draft: Commit, listed_in: str) -> None:
     """Sums that leave out a live edit, or hold one that is not, must not become what every later batch builds on."""
-    listed = [(change["pairs"], row) for change in stream.objects.get_json(draft.live) for row in change["rows"]]
+    listed = [(change["pairs"], row) for change in stream.objects.get_json(listed_in) for row in change["rows"]]
     live = {(row.pairs, row.row) for row in stream.index.find_rows("live")}
     if len(listed) != len(live) or set(listed) != live:
         raise StorageError(f"{draft.name}: expected the {len(live)} pairs of the live edits, each once, found {len(listed)} listed")

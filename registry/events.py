@@ -271,6 +271,17 @@ class CompactionCommit(_Naming):
     manifest: Digest
 
 
+class CalibrationCommit(_Naming):
+    """The sums of the newest accepted commit, solved under the solve part of another profile. The recipe goes on with one more link."""
+
+    kind: Literal["calibration"] = "calibration"
+    profile: Digest
+    live: Digest | None = None
+    """As of a compaction, where the new spread needs sums that there were not: they and the recipe begin anew."""
+    outcomes: None = None
+    manifest: Digest
+
+
 class MergeCommit(_CommitBase):
     """The live edits of another stream of this root became edits of this one; the batch holds them in their order of arrival there."""
 
@@ -313,17 +324,9 @@ class RejectionCommit(_CommitBase):
     promoted: Literal[False] = False
 
 
-AcceptedCommit = (
-    EditsCommit
-    | WithdrawalCommit
-    | RollbackCommit
-    | RefusalCommit
-    | RebuildCommit
-    | CompactionCommit
-    | MergeCommit
-    | RebaseCommit
-    | ErasureCommit
-)
+SummingCommit = CompactionCommit | CalibrationCommit  # may name all live pairs
+_Changing = EditsCommit | WithdrawalCommit | MergeCommit | RebaseCommit | ErasureCommit
+AcceptedCommit = _Changing | RollbackCommit | RefusalCommit | RebuildCommit | SummingCommit
 """Each of them is a version of the model."""
 Commit = InitCommit | AcceptedCommit | PromotionCommit | RejectionCommit
 _Row = TypeVar("_Row", BatchRow, Outcome)

@@ -15,6 +15,7 @@ from errata.errors import FormatError
 from registry.events import (
     AcceptedCommit,
     BatchRow,
+    CalibrationCommit,
     Commit,
     EditsCommit,
     ErasureCommit,
@@ -194,6 +195,8 @@ def advance_head(head: Head | None, commit: Commit, digest: str) -> Head:
     place: dict[str, str] = {}
     if isinstance(commit, RebaseCommit):
         place = {"base": str(commit.base["digest"]), "profile": commit.profile}
+    elif isinstance(commit, CalibrationCommit):
+        place = {"profile": commit.profile}
     elif isinstance(commit, ReturnCommit):
         place = {name: digest for name, digest in (("base", commit.base), ("profile", commit.profile)) if digest}
     return moved.model_copy(update={"manifest": commit.manifest, "accepted": commit.seq, **role, **place})

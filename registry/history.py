@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from errata.errors import FormatError, KeyMissingError, ObjectCorruptError
-from registry.events import AcceptedCommit, BatchRow, Commit, CompactionCommit, ErasureCommit, FileUse, Outcome, read_rows
+from registry.events import AcceptedCommit, BatchRow, Commit, ErasureCommit, FileUse, Outcome, SummingCommit, read_rows
 from registry.fold import EditRow, Head, advance_head, derive_changes, split_occurrence
 from registry.index import Index
 from registry.log import CommitLog
@@ -132,9 +132,12 @@ def open_history(root: str | Storage, name: str) -> History:
 def list_named(commit: Commit) -> list[tuple[str, str]]:
     """What a commit names itself, as (what it is, digest), its manifest apart."""
     uses: tuple[FileUse, ...] = commit.files
-    named = [("batch", commit.batch), ("outcomes", commit.outcomes), *(("pairs", digest) for digest in commit.pairs)]
-    if isinstance(commit, CompactionCommit):
-        named.append(("live list", commit.live))
+    named: list[tuple[str, str | None]] = [
+        ("batch", commit.batch),
+        ("outcomes", commit.outcomes),
+        *(("pairs", digest) for digest in commit.pairs),
+    ]
+    named += [("live list", commit.live)] if isinstance(commit, SummingCommit) else []
     named += [("report", commit.report), *(("file", use.digest) for use in uses)]
     named += [("erased", commit.erased)] if isinstance(commit, ErasureCommit) else []
     return [(what, digest) for what, digest in named if digest]

@@ -76,6 +76,14 @@ class Held(_Record):
     row: int
 
 
+class AdoptionOrder(_Stored):
+    """The live edits are to be solved under another profile."""
+
+    accepted: int
+    """The commit whose state it is."""
+    profile: str
+
+
 class RebaseOrder(_Stored):
     """Live edits to carry to another base or profile."""
 

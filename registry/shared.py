@@ -195,6 +195,12 @@ def get_profile(storage: Storage, base: str, digest: str) -> bytes:
     return data
 
 
+def list_profiles(storage: Storage, base: str) -> list[str]:
+    """Digests of the profiles that are stored for a base."""
+    prefix = f"shared/profiles/{base}/"
+    return sorted(entry.key.removeprefix(prefix).removesuffix(".json") for entry in storage.list(prefix))
+
+
 def _list_files(ref: BaseRef, folder: Path | None) -> list[Path]:
     if folder is None or not folder.is_dir():
         raise InputError(f"base {ref.source!r}: expected a folder to copy, found {folder}")

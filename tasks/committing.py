@@ -57,7 +57,7 @@ def commit_batch(stream: str, order: str, prepared: Prepared, rounds: list[Round
         opened.remove_consumed(draft.files)
         forget_setbacks(opened, [use.digest for use in draft.files])
         if record.pairs:
-            forget_pairs(opened, digest_preparation(load_model(settings, opened)), _list_settled(record, rounds))
+            forget_pairs(opened, digest_preparation(load_model(settings, opened), work.manifest), _list_settled(record, rounds))
     return summarise(opened, draft, outcomes, rounds, None if dry_run else draft.seq)
 
 

@@ -1,9 +1,11 @@
 """Work order to candidate: pairs on the base, merged into the head's state."""
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
+from statistics import median
 
-from errata.candidates import PreparedBatch, StoredPair, build_candidate, name_pair, prepare_batch
+from errata.candidates import PreparedBatch, StoredPair, build_candidate, load_state, name_pair, prepare_batch, read_pairs
 from errata.editors.base import list_units
 from errata.edits import Edit, canonical_json, digest_of
 from errata.grouping import Placed, Regrouping, regroup
@@ -15,7 +17,9 @@ from registry.prepared import recall_pairs, remember_pairs
 from registry.stream import Stream
 from tasks._progress import show_progress
 from tasks._session import Model, load_model, open_named, read_manifest
-from tasks._task import stage
+from tasks._task import stage, tell_run
+
+_OVERSHOOT = 1.3
 
 
 @stage
@@ -29,7 +33,7 @@ def prepare_pairs(stream: str, order: str) -> Prepared:
     begun = time.perf_counter()
     model = load_model(settings, opened)
     changed = plan_changes(opened, model, [item.row.edit for item in work.additions], find_replaced(opened, work.additions))
-    known, made = prepare_regrouped(opened, model, changed, {})
+    known, made = prepare_regrouped(opened, model, changed, {}, work.manifest)
     # An edit that is refused may have been in a group: what is left of it gets a pair in the first round.
     record = PreparedRecord(pairs=known, refused=dict(made.refused))
     ready = tuple(edit_id for edit_id in ids if edit_id in made.refs)
@@ -49,7 +53,7 @@ def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]
     planned = [item for item in work.additions if item.row.edit.edit_id in set(rest)]
     leaving = find_replaced(opened, planned)
     changed = plan_changes(opened, model, [item.row.edit for item in planned], leaving)
-    _, made = prepare_regrouped(opened, model, changed, record.pairs)
+    _, made = prepare_regrouped(opened, model, changed, record.pairs, work.manifest)
     candidate = build_candidate(
         opened.objects,
         model.editor,
@@ -58,6 +62,7 @@ def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]
         remove=changed.remove,
         snapshot_every=settings.apply.snapshot_every,
     )
+    warn_of_overshoot(candidate.fits)
     return Round(
         rest=tuple(rest),
         manifest=opened.objects.put(candidate.manifest.to_bytes()),
@@ -67,6 +72,14 @@ def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]
         fits=dict(candidate.fits),
         seconds={"merge": time.perf_counter() - begun},
     )
+
+
+def warn_of_overshoot(fits: Mapping[str, float]) -> None:
+    """Say in the log where the layers together write more than they were to (algorithms.md, resolution B: ρ·H_L above 1.3)."""
+    middle = median(fits.values()) if fits else 0.0
+    if middle > _OVERSHOOT:
+        said = f"the layers together realise {middle:.2f} times the residual (median of {len(fits)} edits), expected at most {_OVERSHOOT}"
+        tell_run(logging.WARNING, f"{said}: a larger λ, or spread 'refresh' or 'even', writes less", rho=round(middle, 4))
 
 
 def find_replaced(stream: Stream, planned: Sequence[Planned]) -> list[EditRow]:
@@ -93,15 +106,23 @@ def plan_changes(stream: Stream, model: Model, coming: Sequence[Edit], leaving: 
 
 
 def prepare_regrouped(
-    stream: Stream, model: Model, changed: Regrouping, known: Mapping[str, StoredPair]
+    stream: Stream, model: Model, changed: Regrouping, known: Mapping[str, StoredPair], head: str | None
 ) -> tuple[dict[str, StoredPair], PreparedBatch]:
-    """The new pairs, by name and by edit; those that are `known` or were stored by an interrupted run are used again."""
-    scope = digest_preparation(model)
+    """The new pairs, by name and by edit; those that are `known` or were stored by an interrupted run are used again.
+
+    Args:
+        head: digest of the manifest whose state they will be added to; None where that is summed from nothing.
+    """
+    scope = digest_preparation(model, head)
     by_id = {edit.edit_id: edit for edit in changed.edits}
     if any(name_pair([by_id[i] for i in unit]) not in known for unit in list_units(by_id, changed.groups)):
         found = recall_pairs(stream, scope).items()
         stored = {name: StoredPair(ref=PairRef(pairs=pairs, row=row), losses=tuple(losses)) for name, (pairs, row, losses) in found}
         known = {**stored, **known}
+    ground = None
+    if head is not None and not model.editor.order_free:
+        state = load_state(stream.objects, model.editor, read_manifest(stream, head).layers[0].state)
+        ground = model.editor.merge(state, None, read_pairs(stream.objects, changed.remove))
     with show_progress("optimising targets") as on_progress:
         made = prepare_batch(
             stream.objects,
@@ -112,6 +133,7 @@ def prepare_regrouped(
             lambda pairs, losses: remember_pairs(stream, scope, pairs, losses),
             on_progress,
             changed.groups,
+            ground,
         )
     units = list_units(made.refs, changed.groups)
     pairs = {
@@ -127,6 +149,7 @@ def refer(row: EditRow) -> PairRef:
     return PairRef(pairs=row.pairs, row=row.row)
 
 
-def digest_preparation(model: Model) -> str:
-    """What a pair depends on besides its edit."""
-    return digest_of(canonical_json([model.base.digest, model.profile.prepare.digest, model.editor.name, model.editor.version]))[:32]
+def digest_preparation(model: Model, head: str | None) -> str:
+    """What a pair depends on besides its edit: where order matters, also on what it is added to (see `prepare_regrouped`)."""
+    options = [model.base.digest, model.profile.prepare.digest, model.editor.name, model.editor.version]
+    return digest_of(canonical_json(options if model.editor.order_free else [*options, head]))[:32]

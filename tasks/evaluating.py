@@ -3,8 +3,10 @@
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from errata.candidates import load_artifacts
+from errata.editors.artifacts import WeightDelta
 from errata.edits import Edit
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.gate import decide
@@ -12,11 +14,12 @@ from errata.manifests import Manifest
 from errata.monitors.locality import PROBE_TEXTS
 from errata.report import COARSE, Diagnosis, Report
 from errata.rounds import Round
+from errata.settings import Settings
 from errata.world import FILLER
 from registry.orders import Order
 from registry.stream import Stream
 from tasks._progress import show_progress
-from tasks._session import load_model, open_named
+from tasks._session import Model, load_model, open_named
 from tasks._task import stage, tell_run
 
 
@@ -31,25 +34,51 @@ def judge_candidate(stream: str, order: str, candidate: Round, earlier: Sequence
     leaving = {name for planned in work.additions if planned.row.edit.edit_id in candidate.rest for name in planned.replaces}
     sample = opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)
     retained = [opened.read_record(row).edit for row in sample if row.occurrence not in leaving]
-    with show_progress("evaluating") as on_progress:
-        report = evaluate_candidate(
-            model.base,
-            load_artifacts(opened.objects, Manifest.from_bytes(opened.objects.get(candidate.manifest))),
-            [edits[edit_id] for edit_id in candidate.rest],
-            retained,
-            read_retention(opened),
-            settings.evaluate,
-            mates=find_mates(opened, candidate),
-            diagnoses={edit_id: Diagnosis(loss=candidate.losses[edit_id]) for edit_id in candidate.rest},
-            fits=candidate.fits,
-            probe_texts=FILLER if model.ref.kind == "builtin" else PROBE_TEXTS,
-            progress=lambda _stage, done, total: on_progress(done, total),
-        )
-    warn_coarse(report)
+    report = measure_candidate(
+        settings,
+        opened,
+        model,
+        load_artifacts(opened.objects, Manifest.from_bytes(opened.objects.get(candidate.manifest))),
+        [edits[edit_id] for edit_id in candidate.rest],
+        retained,
+        mates=find_mates(opened, candidate),
+        diagnoses={edit_id: Diagnosis(loss=candidate.losses[edit_id]) for edit_id in candidate.rest},
+        fits=candidate.fits,
+    )
     report = report.model_copy(update={"live": opened.index.counts().get("live", 0) - len(leaving) + len(candidate.rest)})
     decision = decide(report, [item.decision for item in earlier if item.decision], settings.gate)
     seconds = {**candidate.seconds, "evaluate": time.perf_counter() - begun}
     return candidate.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision, "seconds": seconds})
+
+
+def measure_candidate(
+    settings: Settings,
+    stream: Stream,
+    model: Model,
+    artifacts: Sequence[WeightDelta],
+    edits: Sequence[Edit],
+    retained: Sequence[Edit],
+    **known: Any,
+) -> Report:
+    """`evaluate_candidate` under a stream's settings, against its newest accepted version, with its progress shown.
+
+    Args:
+        known: what else there is to say of the edits, by the names it has there.
+    """
+    with show_progress("evaluating") as on_progress:
+        report = evaluate_candidate(
+            model.base,
+            artifacts,
+            edits,
+            retained,
+            read_retention(stream),
+            settings.evaluate,
+            probe_texts=FILLER if model.ref.kind == "builtin" else PROBE_TEXTS,
+            progress=lambda _stage, done, total: on_progress(done, total),
+            **known,
+        )
+    warn_coarse(report)
+    return report
 
 
 def warn_coarse(report: Report) -> None:

@@ -64,7 +64,7 @@ def propose_merge(settings: Settings, into: Stream, other: Stream) -> tuple[list
         if here != there:
             raise InputError(
                 f"merge: expected two streams on one base and profile, found {name} {here[:12]} of {into.name!r} and {there[:12]} of "
-                f"{other.name!r}; `errata rebase` takes a stream to another base or profile"
+                f"{other.name!r}; `errata rebase` takes a stream to another base or profile, `errata adopt` to another solve part"
             )
     rows = list(other.index.find_rows("live"))
     under = digest_judgement(settings.gate, into.head.profile)
@@ -85,12 +85,16 @@ def _locate(row: EditRow) -> tuple[str, int]:
 def _bring_pairs(settings: Settings, stream: Stream, other: Stream, coming: Sequence[tuple[EditRow, Edit]]) -> None:
     """Store the pairs of edits that come, with hints, so that they are found instead of prepared.
 
-    A pair that an edit shares with one that does not come is of no use here: its group will be another one.
+    A pair that an edit shares with one that does not come is of no use here: its group will be another one. Neither are pairs that
+    depend on what they were added to.
     """
+    model = load_model(settings, stream)
+    if not model.editor.order_free:
+        return
     owners: dict[PairRef, list[Edit]] = {}
     for row, edit in coming:
         owners.setdefault(refer(row), []).append(edit)
-    scope = digest_preparation(load_model(settings, stream))
+    scope = digest_preparation(model, stream.head.manifest)
     refs = list(owners)
     with show_progress("copying pairs") as on_progress:
         for start in range(0, len(refs), _ROWS):

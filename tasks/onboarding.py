@@ -1,14 +1,15 @@
 """A new stream: base, second moments, profile, first commit. Plain functions: nothing here is scheduled."""
 
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel
 
 from errata.builtin import BUILTIN, ensure_builtin
@@ -20,13 +21,13 @@ from errata.errors import InputError, ModelError, SettingsError
 from errata.modeling.layout import find_layout
 from errata.modeling.loading import Base, choose_device, load_base, sketch_model
 from errata.plan import Plan, find_room, make_plan, spell_bytes
-from errata.profiles import PrepareOptions, Profile, SolveOptions
+from errata.profiles import PrepareOptions, Profile, SolveOptions, Spread, require_same_pairs
 from errata.settings import Settings
-from errata.suggestions import BUILTIN_SUGGESTION, Suggestion, suggest_profile
+from errata.suggestions import BUILTIN_SUGGESTION, Suggestion, choose_spread, suggest_profile
 from errata.validation import explain_errors
 from errata.world import make_world
 from registry.events import InitCommit
-from registry.shared import BaseRef, fetch_moments, put_base, put_moments, put_profile
+from registry.shared import BaseRef, fetch_moments, get_moments, get_profile, list_profiles, put_base, put_moments, put_profile
 from registry.storage.base import Storage, check_create_if_absent, open_storage
 from registry.stream import Stream, create_stream
 from tasks._progress import show_progress
@@ -35,6 +36,7 @@ from tasks.committing import describe_writer
 
 BUILTIN_NAME = "builtin"
 _log = logging.getLogger(__name__)
+_DIGEST = re.compile(r"[0-9a-f]{4,64}")
 _MOMENT_TOKENS = 100_000
 """Keys counted for second moments; more change them little at the widths that run on a CPU."""
 
@@ -45,9 +47,11 @@ class ProfileFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prepare: PrepareOptions
-    lam: float
+    lam: float = Field(gt=0)
+    spread: Spread | None = None
+    """None: the default for its layers; where a running stream adopts it, the spread that it has."""
     origin: str = "written by hand"
-    max_norm_ratio: float | None = None
+    max_norm_ratio: float | None = Field(default=None, gt=1)
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,16 @@ class Placed:
 
 
 def start_stream(
-    settings: Settings, source: str, *, revision: str | None = None, profile: Path | None = None, corpus: Path | None = None
+    settings: Settings, source: str, *, revision: str | None = None, profile: str | None = None, corpus: Path | None = None
 ) -> Stream:
     """Make the stream of `settings` on a base.
 
     Args:
         source: `builtin`, a folder, or a Hugging Face id.
         revision: of a hub id; None pins the newest.
-        profile: JSON of a `ProfileFile`; None takes the one suggested for the family.
-        corpus: text file, one passage per line, for second moments; not needed for the built-in base.
+        profile: path of a `ProfileFile` in JSON, or the beginning of the digest of a profile that the root holds for this base; None takes
+            the one suggested for the family.
+        corpus: text file, one passage per line, for second moments; not needed for the built-in base, nor with a stored profile.
 
     Raises:
         InputError: the stream exists, or the base cannot be used without a profile or corpus that was not given.
@@ -102,7 +107,7 @@ def start_stream(
 
 
 def place_target(
-    settings: Settings, stream: Stream, source: str | None, *, revision: str | None, profile: Path | None, corpus: Path | None
+    settings: Settings, stream: Stream, source: str | None, *, revision: str | None, profile: str | None, corpus: Path | None
 ) -> Placed:
     """Store what a stream is to be rebased to: another base, another profile, or both.
 
@@ -122,26 +127,80 @@ def place_target(
     return place_profile(stream.storage, Source(model.ref, model.folder, model.base), profile, corpus, own)
 
 
-def place_profile(storage: Storage, found: Source, profile: Path | None, corpus: Path | None, own: Moments | None = None) -> Placed:
-    """Store a base and a profile for it, with second moments that are measured unless `own` will do.
+def place_profile(storage: Storage, found: Source, profile: str | None, corpus: Path | None, own: Moments | None = None) -> Placed:
+    """Store a base and a profile for it, with second moments that are measured unless `own` will do, or the profile is stored already.
 
     Raises:
         InputError, SettingsError, ModelError, StorageError: as `start_stream`.
     """
+    stored = find_profile(storage, found.ref.digest, profile) if profile else None
+    if stored is not None:
+        if corpus is not None:
+            raise InputError(f"corpus: expected none with the stored profile {stored[:12]}, which has its second moments, found {corpus}")
+        made = Profile.model_validate_json(get_profile(storage, found.ref.digest, stored))
+        moments = Moments.from_bytes(get_moments(storage, made.solve.moments))
+        return Placed(put_base(storage, found.ref, found.folder), stored, make_editor("d4s", made, moments, found.base.layout))
     chosen = choose_profile(found.base.model, profile, builtin=found.ref.kind == "builtin")
+    spread = chosen.spread or choose_spread(len(chosen.prepare.layers))
+    draft = write_profile(found.ref.digest, chosen, spread, "")
     if own is not None and corpus is None and set(chosen.prepare.layers) <= set(own.c):
         moments = own
     else:
         moments = measure_moments(found.base, chosen.prepare.layers, read_corpus(found, corpus))
     ref = put_base(storage, found.ref, found.folder)
-    spread = "even" if len(chosen.prepare.layers) > 1 else "single"
-    solve = SolveOptions(lam=chosen.lam, spread=spread, moments=put_moments(storage, moments.to_bytes()))
-    made = Profile(base=ref.digest, prepare=chosen.prepare, solve=solve, origin=chosen.origin, max_norm_ratio=chosen.max_norm_ratio)
+    solve = draft.solve.model_copy(update={"moments": put_moments(storage, moments.to_bytes())})
+    made = draft.model_copy(update={"solve": solve})
     editor = make_editor("d4s", made, moments, found.base.layout)
     return Placed(ref, put_profile(storage, ref.digest, made.to_bytes()), editor)
 
 
-def find_base(settings: Settings, source: str, revision: str | None, profile: Path | None = None) -> Source:
+def place_solve(settings: Settings, stream: Stream, profile: str) -> str:
+    """Store the profile whose solve part a stream is to adopt; its digest.
+
+    Args:
+        profile: as in `start_stream`. The second moments are then the stream's own; so are spread and norm ratio where the file has none.
+
+    Raises:
+        InputError: the stream's pairs are not valid there, or the profile cannot be read.
+    """
+    base, model = stream.head.base, load_model(settings, stream)
+    digest = find_profile(stream.storage, base, profile)
+    if digest is not None:
+        require_same_pairs(model.profile, Profile.model_validate_json(get_profile(stream.storage, base, digest)))
+        return digest
+    given, own = read_profile(Path(profile)), model.profile
+    given = replace(given, max_norm_ratio=given.max_norm_ratio or own.max_norm_ratio)
+    made = write_profile(base, given, given.spread or own.solve.spread, own.solve.moments)
+    require_same_pairs(own, made)
+    return put_profile(stream.storage, base, made.to_bytes())
+
+
+def write_profile(base: str, chosen: Suggestion, spread: Spread, moments: str) -> Profile:
+    """Raises SettingsError: the values do not go together."""
+    try:
+        solve = SolveOptions(lam=chosen.lam, spread=spread, moments=moments)
+        return Profile(base=base, prepare=chosen.prepare, solve=solve, origin=chosen.origin, max_norm_ratio=chosen.max_norm_ratio)
+    except ValidationError as error:
+        raise SettingsError("profile: " + "; ".join(map(str, explain_errors(error)))) from None
+
+
+def find_profile(storage: Storage, base: str, given: str) -> str | None:
+    """The digest of the stored profile that is meant; None where a file is.
+
+    Raises:
+        InputError: no stored profile of this base has a digest that begins so, or several have.
+    """
+    if Path(given).exists() or not _DIGEST.fullmatch(given):
+        return None
+    known = list_profiles(storage, base)
+    found = [digest for digest in known if digest.startswith(given)]
+    if len(found) != 1:
+        shown = ", ".join(digest[:12] for digest in found or known) or "none"
+        raise InputError(f"profile: expected a file, or the digest of one profile of base {base[:12]} ({shown}), found {given!r}")
+    return found[0]
+
+
+def find_base(settings: Settings, source: str, revision: str | None, profile: str | None = None) -> Source:
     """Load the base a user named, if there is room for it and for editing it; the built-in one is trained if the cache has none."""
     quiet_transformers()
     if source == BUILTIN_NAME:
@@ -168,7 +227,7 @@ def plan_source(
     source: str,
     *,
     revision: str | None = None,
-    profile: Path | None = None,
+    profile: str | None = None,
     edits: int = 1_000,
     device_memory: int | None = None,
 ) -> Plan:
@@ -189,13 +248,15 @@ def plan_source(
     else:
         model = sketch_model(source, revision)
     chosen = choose_profile(model, profile, builtin=source == BUILTIN_NAME)
-    spread = "even" if len(chosen.prepare.layers) > 1 else "single"
+    spread = chosen.spread or choose_spread(len(chosen.prepare.layers))
     room = find_room(choose_device(settings.device), free_disk(settings), device_memory)
     return make_plan(model, chosen.prepare.layers, spread, room, edits=edits, offloads=settings.device_map is not None)
 
 
-def require_room(settings: Settings, source: str, revision: str | None, profile: Path | None) -> None:
+def require_room(settings: Settings, source: str, revision: str | None, profile: str | None) -> None:
     """Say what editing a base takes, before it is loaded. Raises as `plan_source`, and ModelError: there is no room for it."""
+    if profile is not None and _DIGEST.fullmatch(profile) and not Path(profile).exists():
+        return  # stored, for a base that was loaded here before
     plan = plan_source(settings, source, revision=revision, profile=profile)
     most = {place: sum(line.bytes for line in plan.lines if line.place == place and line.phase == "always") for place in plan.room}
     said = ", ".join(f"{spell_bytes(size)} on the {place}" for place, size in most.items() if size)
@@ -203,21 +264,32 @@ def require_room(settings: Settings, source: str, revision: str | None, profile:
     plan.require_fit()
 
 
-def choose_profile(model: PreTrainedModel, path: Path | None, *, builtin: bool) -> Suggestion:
+def read_profile(path: Path) -> Suggestion:
+    """What a user wrote.
+
+    Raises:
+        SettingsError: the file is no profile.
+        InputError: it cannot be read.
+    """
+    try:
+        given = ProfileFile.model_validate_json(path.read_text())
+    except OSError as error:
+        said = error.strerror or error
+        raise InputError(f"{path}: expected a readable profile, or the digest of a stored one ({said})") from None
+    except ValidationError as error:
+        raise SettingsError(f"{path}: " + "; ".join(map(str, explain_errors(error)))) from None
+    return Suggestion(given.prepare, given.lam, given.origin, given.max_norm_ratio, given.spread)
+
+
+def choose_profile(model: PreTrainedModel, path: str | None, *, builtin: bool) -> Suggestion:
     """The user's profile, else the built-in base's, else published values of the family.
 
     Raises:
         SettingsError: the file is no profile.
-        InputError: no file and nothing published for the family.
+        InputError: it cannot be read; or there is none, and nothing published for the family.
     """
     if path is not None:
-        try:
-            given = ProfileFile.model_validate_json(path.read_text())
-        except OSError as error:
-            raise InputError(f"{path}: expected a readable profile ({error.strerror or error})") from None
-        except ValidationError as error:
-            raise SettingsError(f"{path}: " + "; ".join(map(str, explain_errors(error)))) from None
-        return Suggestion(given.prepare, given.lam, given.origin, given.max_norm_ratio)
+        return read_profile(Path(path))
     if builtin:
         return BUILTIN_SUGGESTION
     family = model.config.model_type

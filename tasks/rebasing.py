@@ -13,31 +13,26 @@ from errata.editors.base import list_units
 from errata.edits import Edit, canonical_json
 from errata.errors import InputError
 from errata.evaluation.answered import find_answered
-from errata.evaluation.evaluate import evaluate_candidate
 from errata.footprint import Estimate
 from errata.gate import decide, digest_judgement
 from errata.grouping import Regrouping, regroup
 from errata.manifests import Manifest, PairRef
-from errata.monitors.locality import PROBE_TEXTS
 from errata.plan import count_weights
-from errata.profiles import Profile
 from errata.report import Diagnosis, Report
 from errata.rounds import Prepared, PreparedRecord, Round
 from errata.settings import Settings
 from errata.summary import RebaseSummary
-from errata.world import FILLER
 from registry.events import Commit, Outcome, RebaseCommit, RejectionCommit
 from registry.fold import split_occurrence
 from registry.orders import Held, RebaseOrder
 from registry.prepared import forget_pairs, recall_pairs
-from registry.shared import get_profile
 from registry.stream import Stream
 from tasks._progress import show_progress
-from tasks._session import Model, load_named, open_named, plan_model
+from tasks._session import Model, load_model, load_named, open_named, plan_model
 from tasks._task import stage
 from tasks.committing import commit_once, describe_live, describe_writer, shorten_reasons
-from tasks.editing import digest_preparation, prepare_regrouped
-from tasks.evaluating import read_retention, warn_coarse
+from tasks.editing import digest_preparation, prepare_regrouped, warn_of_overshoot
+from tasks.evaluating import measure_candidate
 
 _TIMED = 4
 """Edits prepared to learn how long one takes; they are kept."""
@@ -69,12 +64,11 @@ def order_rebase(stream: str, base: str, profile: str, drop_answered: bool) -> s
 
 @stage
 def prepare_rebase(stream: str, order: str) -> Prepared:
-    """Pairs of all edits that are carried over, stored. Pairs of an interrupted run are used again, and the stream's own where only the
-    solve part of the profile changes."""
+    """Pairs of all edits that are carried over, stored. Pairs of an interrupted run are used again."""
     settings, opened = open_named(stream)
     begun = time.perf_counter()
     work = _open_work(settings, opened, RebaseOrder.load(opened.objects, order))
-    known, made = _prepare(opened, work, work.edits, _reuse_pairs(opened, work))
+    known, made = _prepare(opened, work, work.edits, {})
     record = PreparedRecord(pairs=known, refused=dict(made.refused))
     ready = tuple(edit.edit_id for edit in work.edits if edit.edit_id in made.refs)
     return Prepared(record=opened.objects.put(canonical_json(record)), ready=ready, seconds=time.perf_counter() - begun)
@@ -92,6 +86,7 @@ def sum_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]) 
     places = repack_pairs(opened.objects, list(made.refs.values()))
     model, refs = work.model, list(dict.fromkeys(places.values()))
     candidate = build_anew(opened.objects, model.editor, work.order.base, work.order.profile, refs)
+    warn_of_overshoot(candidate.fits)
     return Round(
         rest=tuple(rest),
         manifest=opened.objects.put(candidate.manifest.to_bytes()),
@@ -111,20 +106,16 @@ def judge_rebase(stream: str, order: str, candidate: Round, earlier: Sequence[Ro
     work = _open_work(settings, opened, RebaseOrder.load(opened.objects, order))
     chosen = set(candidate.rest)
     sample = {row.id for row in opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)}
-    with show_progress("evaluating") as on_progress:
-        report = evaluate_candidate(
-            work.model.base,
-            load_artifacts(opened.objects, Manifest.from_bytes(opened.objects.get(candidate.manifest))),
-            [edit for edit in work.edits if edit.edit_id in chosen],
-            [edit for edit in work.edits if edit.edit_id in chosen & sample],
-            read_retention(opened),
-            settings.evaluate,
-            diagnoses={edit_id: Diagnosis(loss=candidate.losses[edit_id]) for edit_id in candidate.rest},
-            fits=candidate.fits,
-            probe_texts=FILLER if work.model.ref.kind == "builtin" else PROBE_TEXTS,
-            progress=lambda _stage, done, total: on_progress(done, total),
-        )
-    warn_coarse(report)
+    report = measure_candidate(
+        settings,
+        opened,
+        work.model,
+        load_artifacts(opened.objects, Manifest.from_bytes(opened.objects.get(candidate.manifest))),
+        [edit for edit in work.edits if edit.edit_id in chosen],
+        [edit for edit in work.edits if edit.edit_id in chosen & sample],
+        diagnoses={edit_id: Diagnosis(loss=candidate.losses[edit_id]) for edit_id in candidate.rest},
+        fits=candidate.fits,
+    )
     report = report.model_copy(update={"live": len(candidate.rest)})
     decision = decide(report, [item.decision for item in earlier if item.decision], settings.gate)
     if decision.defer:
@@ -177,7 +168,7 @@ def commit_rebase(stream: str, order: str, prepared: Prepared, rounds: Sequence[
     if not dry_run:
         commit_once(opened, draft)
         if accepted:
-            forget_pairs(opened, digest_preparation(model), sorted({stored.ref.pairs for stored in record.pairs.values()}))
+            forget_pairs(opened, digest_preparation(model, None), sorted({stored.ref.pairs for stored in record.pairs.values()}))
     report = Report.from_bytes(opened.objects.get(last.report))
     return RebaseSummary(
         stream=opened.name,
@@ -204,8 +195,8 @@ def estimate_rebase(settings: Settings, stream: Stream, base: str, profile: str,
     """
     work = _open_work(settings, stream, _draft_order(settings, stream, base, profile, drop_answered))
     plan = plan_model(settings, work.model, len(work.edits))
-    known, by_id = _reuse_pairs(stream, work), {edit.edit_id: edit for edit in work.edits}
-    names = known.keys() | recall_pairs(stream, digest_preparation(work.model)).keys()
+    by_id = {edit.edit_id: edit for edit in work.edits}
+    names = recall_pairs(stream, digest_preparation(work.model, None)).keys()
     changed = regroup(work.model.editor, work.model.base, work.edits, [], [])
     units = list_units(by_id, changed.groups)
     missing = [unit for unit in units if name_pair([by_id[edit_id] for edit_id in unit]) not in names]
@@ -213,7 +204,7 @@ def estimate_rebase(settings: Settings, stream: Stream, base: str, profile: str,
     if timed:
         begun = time.perf_counter()
         chosen = tuple(by_id[edit_id] for unit in timed for edit_id in unit)
-        prepare_regrouped(stream, work.model, Regrouping(chosen, (), ()), {})
+        prepare_regrouped(stream, work.model, Regrouping(chosen, (), ()), {}, None)
         seconds = round((time.perf_counter() - begun) / len(timed) * (len(missing) - len(timed)), 1)
     return Estimate(
         edits=len(work.edits),
@@ -230,9 +221,14 @@ def _draft_order(settings: Settings, stream: Stream, base: str, profile: str, dr
     head = stream.head
     if (head.base, head.profile) == (base, profile):
         raise InputError(f"rebase: expected another base or profile than stream {stream.name!r} is on, found base {base[:12]} and the same")
+    model = load_named(settings, stream.storage, base, profile, head.editors[0])
+    if head.base == base and load_model(settings, stream).profile.prepare == model.profile.prepare:
+        raise InputError(
+            f"rebase: expected another prepare part than that of stream {stream.name!r}, found profile {profile[:12]}, which solves the "
+            f"same pairs otherwise: `errata adopt {stream.name} --profile {profile[:12]}` does that without preparing any"
+        )
     rows = list(stream.index.find_rows("live"))
     edits = list(stream.read_edits(rows))
-    model = load_named(settings, stream.storage, base, profile, head.editors[0])
     with show_progress("asking the base") as on_progress:
         told = find_answered(model.base, edits, settings.evaluate.batch_tokens, lambda _stage, done, total: on_progress(done, total))
     answered = {edit.edit_id for edit in told}
@@ -256,23 +252,10 @@ def _open_work(settings: Settings, stream: Stream, order: RebaseOrder) -> _Work:
     return _Work(order, model, list(stream.read_edits(rows)))
 
 
-def _reuse_pairs(stream: Stream, work: _Work) -> dict[str, StoredPair]:
-    """The pairs that the stream has, where they are what would be prepared: on one base, under one prepare part."""
-    head = Manifest.from_bytes(stream.objects.get(work.order.manifest))
-    own = Profile.model_validate_json(get_profile(stream.storage, head.base, head.profile))
-    if (head.base, own.prepare.digest) != (work.model.base.digest, work.model.profile.prepare.digest):
-        return {}
-    owners: dict[PairRef, list[Edit]] = {}
-    refs = {split_occurrence(held.occurrence)[0]: PairRef(pairs=held.pairs, row=held.row) for held in work.order.live}
-    for edit in sorted(work.edits, key=lambda edit: edit.edit_id):
-        owners.setdefault(refs[edit.edit_id], []).append(edit)
-    return {name_pair(edits): StoredPair(ref=ref, losses=(None,) * len(edits)) for ref, edits in owners.items()}
-
-
 def _prepare(
     stream: Stream, work: _Work, edits: Sequence[Edit], known: Mapping[str, StoredPair]
 ) -> tuple[dict[str, StoredPair], PreparedBatch]:
-    return prepare_regrouped(stream, work.model, regroup(work.model.editor, work.model.base, edits, [], []), known)
+    return prepare_regrouped(stream, work.model, regroup(work.model.editor, work.model.base, edits, [], []), known, None)
 
 
 def _conclude(settings: Settings, work: RebaseOrder, last: Round, faults: Mapping[str, str]) -> list[Outcome]:

@@ -19,6 +19,7 @@ from registry.collection import list_given_up
 from registry.commit import commit as make_commit
 from registry.erased import Erasure, finish_erasures, read_erasures
 from registry.events import (
+    CalibrationCommit,
     Commit,
     CompactionCommit,
     EditsCommit,
@@ -29,6 +30,7 @@ from registry.events import (
     RebaseCommit,
     RebuildCommit,
     ReturnCommit,
+    SummingCommit,
     WithdrawalCommit,
 )
 from registry.fold import Head, split_occurrence
@@ -86,7 +88,8 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
     last = head.seq if to is None else to
     if last > head.seq and not findings:
         raise UnknownNameError(f"commit: expected 0 to {head.seq} in stream {history.name!r}, found {to}")
-    site = load_site(settings, history, first)
+    find_site = _remember_sites(settings, history)
+    site = find_site(first)
     given_up = list_given_up(history, None if to is None else goal)
     steps = _remember_steps(history)
     hollow = frozenset(seq for erasure in erasures for seq in erasure.record.commits)
@@ -103,7 +106,7 @@ def replay_log(stream: str, to: int | None, check: bool) -> RebuildReport:
                 whole = not findings and commit.seq == head.accepted
                 solve = commit.seq == goal or (check and not isinstance(commit, ReturnCommit))
                 moved = (position.base, position.profile) != (replay.base, replay.profile)
-                entry = _build_entry(commit, parent, load_site(settings, history, position) if moved else None)
+                entry = _build_entry(commit, parent, find_site(position) if moved else None)
                 remade = replay.follow(entry, solve=solve, remake=whole)
             parent = position.accepted
             on_progress(commit.seq + 1, last + 1)
@@ -159,7 +162,9 @@ def derive_step(history: History, commit: Commit) -> Step | None:
 
     A rebase has an outcome for every live edit: what stays live is all there is.
     """
-    if isinstance(commit, CompactionCommit):
+    if isinstance(commit, CalibrationCommit) and commit.live is None:
+        return Step(adopts=True)
+    if isinstance(commit, SummingCommit):
         listed = read_live(history, commit)
         return Step(add=tuple(read_refs(listed)), fresh=True) if listed is not None else None
     try:
@@ -188,8 +193,9 @@ def _find_left(history: History, outcome: Outcome) -> PairRef:
     return PairRef(pairs=pairs, row=row)
 
 
-def read_live(history: History, commit: CompactionCommit) -> bytes | None:
-    """The pairs that a compaction summed: as they are stored, else as the outcomes up to there say; None where those are lost, too."""
+def read_live(history: History, commit: SummingCommit) -> bytes | None:
+    """The pairs that a commit summed: as they are stored, else as the outcomes up to there say; None where those are lost, too."""
+    assert commit.live is not None, f"{commit.name} has summed no pairs"
     if find_fault(history.objects, commit.live) is None:
         return history.objects.get(commit.live)
     try:
@@ -212,6 +218,19 @@ def is_committed(history: History, erasure: Erasure) -> bool:
     except _LOST:
         return False
     return isinstance(commit, ErasureCommit) and commit.erased == erasure.digest
+
+
+def _remember_sites(settings: Settings, history: History) -> Callable[[Head], Site]:
+    """`load_site`, each once: rollbacks go to and fro between profiles."""
+    sites: dict[tuple[str, str], Site] = {}
+
+    def find_site(head: Head) -> Site:
+        key = head.base, head.profile
+        if key not in sites:
+            sites[key] = load_site(settings, history, head)
+        return sites[key]
+
+    return find_site
 
 
 def _remember_steps(history: History) -> Callable[[int], Step | None]:
@@ -244,7 +263,7 @@ def _build_entry(commit: Commit, parent: int, site: Site | None) -> Entry:
             return Entry(commit.seq, parent, manifest, restates=of, rebuilt=True)
         case ErasureCommit():
             return Entry(commit.seq, parent, manifest, restates=parent)
-        case InitCommit() | EditsCommit() | WithdrawalCommit() | MergeCommit() | CompactionCommit() | RebaseCommit():
+        case InitCommit() | EditsCommit() | WithdrawalCommit() | MergeCommit() | CompactionCommit() | CalibrationCommit() | RebaseCommit():
             return Entry(commit.seq, parent, manifest, site=site)
     raise AssertionError(f"{commit.name} is no accepted commit")
 
@@ -260,7 +279,7 @@ def _check_primary(history: History, commit: Commit, reported: set[str], *, mend
             yield Finding(commit=commit.seq, what=what, state="erased", detail=detail, digest=digest)
         if fault is not None and digest not in reported:
             reported.add(digest)
-            if what == "live list" and isinstance(commit, CompactionCommit) and (listed := read_live(history, commit)) is not None:
+            if what == "live list" and isinstance(commit, SummingCommit) and (listed := read_live(history, commit)) is not None:
                 state: FindingState = "mended" if mend else "mendable"
                 if mend:
                     history.objects.put(listed)

@@ -7,28 +7,24 @@ from typing import Any
 from errata.candidates import build_candidate, load_artifacts
 from errata.errors import EditorError, InputError, KeyMissingError
 from errata.evaluation.consistency import measure_consistency
-from errata.evaluation.evaluate import evaluate_candidate
 from errata.exactness import measure_exactness
 from errata.gate import decide
 from errata.manifests import Manifest
-from errata.monitors.locality import PROBE_TEXTS
 from errata.report import Report
 from errata.rounds import Round
 from errata.settings import Settings
 from errata.summary import RollbackSummary, WithdrawalSummary
-from errata.world import FILLER
 from registry.events import Commit, Outcome, RejectionCommit, ReturnCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
 from registry.keeping import open_archived
 from registry.orders import WithdrawalOrder
 from registry.prepared import forget_pairs
 from registry.stream import Stream
 from registry.undoing import choose_live, choose_target, compare_live
-from tasks._progress import show_progress
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
 from tasks.committing import commit_once, describe_live, describe_writer, move_pairs
 from tasks.editing import digest_preparation, find_older, plan_changes, prepare_regrouped, refer
-from tasks.evaluating import read_retention
+from tasks.evaluating import measure_candidate
 from tasks.projecting import open_registry
 
 _VERSION = re.compile(r"v(\d{1,8})")
@@ -61,7 +57,7 @@ def subtract_pairs(stream: str, order: str) -> Round:
     work = WithdrawalOrder.load(opened.objects, order)
     leaving = [opened.resolve_edit(name) for name in work.occurrences]
     changed = plan_changes(opened, model, [], leaving)
-    _, made = prepare_regrouped(opened, model, changed, {})
+    _, made = prepare_regrouped(opened, model, changed, {}, work.manifest)
     if made.refused:
         raise EditorError(
             "; ".join(f"{edit_id}, which shares its pair with a withdrawn edit: {why}" for edit_id, why in made.refused.items())
@@ -94,17 +90,7 @@ def judge_withdrawal(stream: str, order: str, candidate: Round, check: bool) -> 
     sample += [row for row in regrouped if row not in sample]
     retained = [opened.read_record(row).edit for row in sample if row.occurrence not in leaving]
     artifacts = load_artifacts(opened.objects, manifest)
-    with show_progress("evaluating") as on_progress:
-        report = evaluate_candidate(
-            model.base,
-            artifacts,
-            [],
-            retained,
-            read_retention(opened),
-            settings.evaluate,
-            probe_texts=FILLER if model.ref.kind == "builtin" else PROBE_TEXTS,
-            progress=lambda _stage, done, total: on_progress(done, total),
-        )
+    report = measure_candidate(settings, opened, model, artifacts, [], retained)
     measured = None
     if report.fault is None:
         withdrawn = [opened.read_record(opened.resolve_edit(name)).edit for name in names]
@@ -157,7 +143,8 @@ def commit_withdrawal(stream: str, order: str, judged: Round, dry_run: bool = Fa
     if not dry_run:
         commit_once(opened, draft)
         if judged.placed:
-            forget_pairs(opened, digest_preparation(load_model(settings, opened)), sorted({ref.pairs for ref in judged.placed.values()}))
+            scope = digest_preparation(load_model(settings, opened), work.manifest)
+            forget_pairs(opened, scope, sorted({ref.pairs for ref in judged.placed.values()}))
     report = Report.from_bytes(opened.objects.get(judged.report))
     return WithdrawalSummary(
         stream=opened.name,

@@ -199,8 +199,12 @@ class Editor(Protocol[S]):
 
     name: str
     version: str
-    order_free: bool
-    """Whether any order and split of the same pairs gives the same weights."""
+
+    @property
+    def order_free(self) -> bool:
+        """Whether a pair depends on its edits, the base and the profile alone, so that the same edits give the same weights in any order
+        and split. Where it does not, pairs that are stored still add and subtract exactly, in any order."""
+        ...
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -212,15 +216,32 @@ class Editor(Protocol[S]):
         ...
 
     def prepare(
-        self, base: Base, edits: Sequence[Edit], on_progress: Progress | None = None, groups: Sequence[Sequence[str]] = ()
+        self,
+        base: Base,
+        edits: Sequence[Edit],
+        on_progress: Progress | None = None,
+        groups: Sequence[Sequence[str]] = (),
+        state: S | None = None,
     ) -> Prepared:
-        """Pairs: one for each of the `groups`, in which edits share it, one for each edit that is in none."""
+        """Pairs: one for each of the `groups`, in which edits share it, one for each edit that is in none.
+
+        Args:
+            state: what the pairs will be added to. Only an editor that is not order-free looks at it; None is the empty state.
+        """
         ...
 
     def empty_state(self) -> S: ...
 
     def load_state(self, source: bytes | Path) -> S:
         """From what `State.write` wrote, in memory or in a file, which must stay as long as the state."""
+        ...
+
+    def carry_state(self, state: S) -> S | None:
+        """A state that was made under another solve part, as it has to be under this one; None where the pairs have to be summed anew.
+
+        Raises:
+            BaseMismatchError: it is of another base, or of other prepare options.
+        """
         ...
 
     def merge(self, state: S, add: Pairs | None, remove: Pairs | None) -> S:

@@ -1,5 +1,5 @@
-"""Every editor of the catalogue under the same promises (design §5). A new editor is a row of `EDITORS` and, where it needs options of
-its own, a line in `_make`; nothing else here changes.
+"""Every editor of the catalogue under the same promises (design §5), and each way it can be set that changes how it works. A new one is a
+row of `CASES`; nothing else here changes.
 
 Each promise is tried with few edits and with many, since an editor may keep the two in different forms. Weights are equal "to 1e-8"
 where the norm of their difference is below that share of their own norm.
@@ -9,7 +9,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,19 +31,41 @@ EQUAL = 1e-8
 FEW, MANY = 12, 64
 
 
+class Case(NamedTuple):
+    editor: str
+    spread: str
+    layers: tuple[int, ...]
+    keys: str = ""
+    written: tuple[float, float] = (0.9, 0.9)
+    """Least share of few and of many facts that take on the random base. Its residuals are larger than its hidden states: what its lower
+    layer writes moves the keys of the upper one out of reach, where those are not read again."""
+
+
+CASES = (
+    Case("d4s", "single", (1,)),
+    Case("d4s", "even", (0, 1), written=(0.9, 0.2)),
+    Case("d4s", "refresh", (0, 1), written=(0.9, 0.1)),
+    Case("d4s", "d4s_code", (0, 1), written=(0.7, 0.1)),
+    Case("d4s", "d4s_code", (0, 1), "cascade"),
+)
+
+
 @pytest.fixture(scope="module")
-def moments(editable: Base, editable_options: PrepareOptions, sentences: Sequence[str]) -> Moments:
-    return collect_moments(editable, editable_options.layers, sentences)
+def moments(editable: Base, sentences: Sequence[str]) -> Moments:
+    return collect_moments(editable, sorted({layer for case in CASES for layer in case.layers}), sentences)
 
 
-def _make(name: str, base: Base, options: PrepareOptions, moments: Moments) -> Editor[Any]:
-    profile = Profile(base=base.digest, prepare=options, solve=SolveOptions(lam=1.0, spread="single", moments="0" * 64))
-    return make_editor(name, profile, moments, base.layout)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(filter(None, (case.editor, case.spread, case.keys))))
+def case(request: pytest.FixtureRequest) -> Case:
+    chosen: Case = request.param
+    return chosen
 
 
-@pytest.fixture(scope="module", params=sorted(EDITORS))
-def editor(request: pytest.FixtureRequest, editable: Base, editable_options: PrepareOptions, moments: Moments) -> Editor[Any]:
-    return _make(request.param, editable, editable_options, moments)
+@pytest.fixture(scope="module")
+def editor(case: Case, editable: Base, editable_options: PrepareOptions, moments: Moments) -> Editor[Any]:
+    options = editable_options.model_copy(update={"layers": case.layers, "keys": case.keys or "frozen"})
+    solve = SolveOptions.model_validate({"lam": 1.0, "spread": case.spread, "moments": "0" * 64})
+    return make_editor(case.editor, Profile(base=editable.digest, prepare=options, solve=solve), moments, editable.layout)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +118,10 @@ def count_hooks(base: Base) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.model.modules())
 
 
+def test_every_editor_has_a_case() -> None:
+    assert {case.editor for case in CASES} == EDITORS.keys()
+
+
 def test_it_says_what_it_is(editor: Editor[Any]) -> None:
     assert EDITORS[editor.name].name == editor.name
     assert isinstance(editor.version, str) and editor.version
@@ -103,7 +129,7 @@ def test_it_says_what_it_is(editor: Editor[Any]) -> None:
     assert json.loads(json.dumps(dict(editor.options))) == dict(editor.options)
 
 
-def test_the_facts_are_written(editor: Editor[Any], editable: Base, edits: list[Edit], pairs: Pairs) -> None:
+def test_the_facts_are_written(case: Case, editor: Editor[Any], editable: Base, edits: list[Edit], pairs: Pairs) -> None:
     def answers() -> list[bool]:
         found = []
         for edit in edits[: len(pairs)]:
@@ -114,7 +140,7 @@ def test_the_facts_are_written(editor: Editor[Any], editable: Base, edits: list[
 
     assert sum(answers()) < 0.1 * len(pairs)
     with attach(editable, [solve(editor, add(editor, pairs))]):
-        assert sum(answers()) > 0.9 * len(pairs)
+        assert sum(answers()) > case.written[len(pairs) > FEW] * len(pairs)
 
 
 def test_preparing_leaves_the_base_bit_for_bit(editor: Editor[Any], editable: Base, edits: list[Edit]) -> None:
@@ -175,10 +201,26 @@ def test_stored_pairs_are_the_pairs(editor: Editor[Any], pairs: Pairs) -> None:
     assert solve(editor, add(editor, stored)).to_bytes() == solve(editor, add(editor, pairs)).to_bytes()
 
 
+def write_in_turn(editor: Editor[Any], base: Base, batches: Sequence[Sequence[Edit]]) -> Any:
+    """The state after batches of edits, each prepared for the state that it is added to."""
+    state = editor.empty_state()
+    for batch in batches:
+        state = editor.merge(state, editor.prepare(base, batch, state=state).pairs, None)
+    return state
+
+
+def test_order_free_editors_write_the_same_in_any_order_and_split(editor: Editor[Any], editable: Base, edits: list[Edit]) -> None:
+    """From edits to weights. Who depends on order has to say so, and who says so depends on it."""
+    some = edits[:18]
+    whole = write_in_turn(editor, editable, [some])
+    split = write_in_turn(editor, editable, [some[12:], some[5:12][::-1], some[:5]])
+    gap = distance(solve(editor, split), solve(editor, whole))
+    # Rows of another chunk are padded otherwise: keys and residuals are equal only up to the float32 of the base.
+    assert gap < 1e-3 if editor.order_free else gap > 1e-2
+
+
 @pytest.mark.parametrize("size", [1, 5, 23])
-def test_any_order_and_split_gives_the_same_weights(editor: Editor[Any], pairs: Pairs, size: int) -> None:
-    if not editor.order_free:
-        pytest.skip(f"{editor.name} depends on order and says so")
+def test_any_order_and_split_of_stored_pairs_gives_the_same_weights(editor: Editor[Any], pairs: Pairs, size: int) -> None:
     rows = list(range(len(pairs)))
     random.Random(size).shuffle(rows)
     state = add(editor, *(pick(pairs, rows[start : start + size]) for start in range(0, len(rows), size)))
@@ -270,6 +312,8 @@ def test_more_than_there_is_cannot_be_removed(editor: Editor[Any], pairs: Pairs)
 
 
 def test_fits_are_shares(editor: Editor[Any], pairs: Pairs) -> None:
+    """Of what is asked for: the whole residual, or more where layers are asked for 1/L, 1/(L−1), …, 1 of it each."""
     fits = editor.measure_fits(add(editor, pairs), pairs)
+    most = sum(1 / asked for asked in range(1, len(pairs.keys) + 1)) if editor.options["spread"] == "d4s_code" else 1
     assert fits.shape == (len(pairs),)
-    assert bool(((fits > 0) & (fits < 1)).all())
+    assert bool(((fits > 0) & (fits < most)).all())

@@ -99,7 +99,7 @@ def reckless(desk: Any, editable_folder: Path, editable_options: PrepareOptions,
     prepare = editable_options.model_copy(update={"clamp": 6.0, "lr_scale": 3.0, "stop_loss": 0.0})
     profile.write_text(json.dumps({"prepare": prepare.model_dump(mode="json"), "lam": 1e-6}))
     corpus.write_text("\n".join(sentences))
-    start_stream(load_settings(), str(editable_folder), profile=profile, corpus=corpus)
+    start_stream(load_settings(), str(editable_folder), profile=str(profile), corpus=corpus)
     return desk
 
 

@@ -43,10 +43,10 @@ def corpus(tmp_path: Path, sentences: Any) -> Path:
 def write_profile(tmp_path: Path, editable_options: PrepareOptions) -> Callable[..., Path]:
     """A profile file with other values than the stream's."""
 
-    def write(lam: float = 1.0, **prepare: Any) -> Path:
-        path = tmp_path / f"profile-{lam}-{len(prepare)}.json"
+    def write(lam: float = 1.0, spread: str | None = None, **prepare: Any) -> Path:
+        path = tmp_path / f"profile-{lam}-{spread}-{len(prepare)}.json"
         options = {**editable_options.model_dump(mode="json"), **prepare}
-        path.write_text(json.dumps({"prepare": options, "lam": lam, "origin": "test"}))
+        path.write_text(json.dumps({"prepare": options, "lam": lam, "spread": spread, "origin": "test"}))
         return path
 
     return write
@@ -61,7 +61,7 @@ def place(desk: Any, other_folder: Path, corpus: Path, write_profile: Callable[.
         from tasks.onboarding import place_target
 
         source = str(other_folder) if base else None
-        options = {"revision": None, "profile": write_profile(**values), "corpus": corpus if base else None}
+        options = {"revision": None, "profile": str(write_profile(**values)), "corpus": corpus if base or "layers" in values else None}
         placed = place_target(load_settings(stream="main"), desk.open(), source, **options)
         return placed.ref.digest, placed.profile
 
@@ -140,15 +140,47 @@ def test_another_site_on_the_same_base(
     desk.apply()
     first, facts = desk.read_manifest(1), desk.live()
     prepared.clear()
-    solved = rebase(place(base=False, lam=2.0))
-    assert (solved.decision, prepared) == ("accept", []), "only the solve part changes: the pairs do"
-    assert desk.read_manifest(2).artifacts != first.artifacts
+    with pytest.raises(InputError, match="`errata adopt main --profile"):
+        rebase(place(base=False, lam=2.0))
     assert rebase(place(base=False, lam=2.0, steps=20)).decision == "accept"
     assert sorted(prepared) == sorted(facts)
     assert (desk.live(), ask(make_edit(0)), desk.open().head.base) == (facts, "Paris", first.base)
     check(desk)
     desk.roll_back(1)
     assert desk.read_manifest(desk.open().head.seq) == first
+    check(desk)
+
+
+def test_keys_that_know_what_is_live(
+    desk: Any, make_edit: Make, place: Callable[..., tuple[str, str]], prepared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a cascade pairs depend on the head: what was prepared for another is not used; what is stored adds and subtracts."""
+    import flows.edit
+
+    def die(*_: Any) -> Any:
+        raise RuntimeError("killed")
+
+    desk.submit("monday", make_edit(0), make_edit(1))
+    desk.apply()
+    assert rebase(place(base=False, layers=[0, 1], keys="cascade", spread="d4s_code")).decision == "accept"
+    prepared.clear()
+    desk.submit("tuesday", make_edit(2), make_edit(3))
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(flows.edit, "judge_candidate", die)
+            with pytest.raises(RuntimeError, match="killed"):
+                desk.apply()
+    assert len(prepared) == 2, "on the same head, once"
+    assert desk.withdraw(make_edit(1).edit_id).measured.exactness.relative < 1e-8
+    prepared.clear()
+    assert desk.apply()[0].decision == "accept"
+    assert len(prepared) == 2, "another edit was live then"
+    check(desk)
+    assert desk.withdraw(make_edit(2).edit_id).measured.exactness.relative < 1e-8
+    desk.roll_back(2)
+    from flows.replay import compact
+
+    assert compact("main").decision == "accept"
     check(desk)
 
 

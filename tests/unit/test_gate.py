@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errata.gate import Decision, decide, find_batch_faults, find_edit_faults, settle
+from errata.gate import Decision, decide, decide_whole, find_batch_faults, find_edit_faults, settle
 from errata.report import Diagnosis, EditRow, Locality, Mean, ProbeScores, Report, Retention, WeightNorms
 from errata.settings import GateSettings
 
@@ -269,3 +269,21 @@ def test_a_looser_gate_never_finds_more(fields: dict[str, object]) -> None:
     report = make_report(healthy(6), **fields)  # type: ignore[arg-type]
     loose = GateSettings(min_retention=0, max_retention_drop=1, min_specificity=0, max_locality_kl=100, max_norm_ratio=100)
     assert len(find_batch_faults(report, loose)) <= len(find_batch_faults(report, GATE))
+
+
+def test_a_candidate_of_live_edits_is_judged_as_a_whole() -> None:
+    """Those of them that do not take are retention, and nobody's fault; every other budget holds as ever."""
+    forgotten = [make_row(f"e{number}", took=number > 25) for number in range(40)]
+    assert find_batch_faults(make_report(forgotten), GATE), "as a new batch it would be refused"
+    decision = decide_whole(make_report(forgotten, retention=(0.95, 40), previous=0.95), GATE)
+    assert (decision.verdict, decision.drop, decision.defer, decision.rest) == ("accept", (), (), ())
+    for report, said in (
+        (make_report(forgotten, retention=(0.2, 40)), "Retention is 0.200"),
+        (make_report(forgotten, specificity=(0.1, 40)), "Agreement with the base"),
+        (make_report(forgotten, kl=50.0), "KL"),
+        (make_report(forgotten, norm=1e6), "mean |W|"),
+        (make_report(forgotten, nonfinite=1), "not finite"),
+        (make_report(forgotten, fault="no weights"), "could not be measured"),
+    ):
+        refused = decide_whole(report, GATE)
+        assert refused.verdict == "reject" and said in " ".join(refused.reasons)

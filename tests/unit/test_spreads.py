@@ -15,7 +15,7 @@ from errata.editors.base import Pairs
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments
 from errata.editors.d4s.state import D4SState
-from errata.errors import EditorError
+from errata.errors import BaseMismatchError, EditorError
 from errata.modeling.layout import LAYOUTS
 from errata.profiles import PrepareOptions, Profile, SolveOptions
 
@@ -177,6 +177,22 @@ def test_cross_moments_are_stored_under_refresh_only() -> None:
     assert make_editor("d4s_code").load_state(refreshed.to_bytes()).to_bytes() == plain.to_bytes()
     few = make_pairs(FEW)
     assert build(make_editor("refresh"), few).to_bytes() == build(make_editor("even"), few).to_bytes()
+
+
+@pytest.mark.parametrize("count", [0, FEW, 40])
+@pytest.mark.parametrize("there", SPREADS)
+@pytest.mark.parametrize("here", SPREADS)
+def test_a_state_goes_over_to_another_spread_or_says_that_it_cannot(here: str, there: str, count: int) -> None:
+    old, new = make_editor(here), make_editor(there, lam=2 * LAM)
+    state, wanted = (build(editor, make_pairs(count)) if count else editor.empty_state() for editor in (old, new))
+    carried = new.carry_state(state)
+    assert (carried is None) == (count == 40 and there == "refresh" and here != "refresh")
+    if carried is not None:
+        assert carried.to_bytes() == wanted.to_bytes()
+        assert all(map(torch.equal, weigh(new, carried), weigh(new, wanted)))
+    for foreign in (D4SState.empty("other", state.prepare), D4SState.empty("base", "other")):
+        with pytest.raises(BaseMismatchError, match="state: expected"):
+            new.carry_state(foreign)
 
 
 def test_sums_without_cross_moments_cannot_be_refreshed() -> None:

@@ -1,12 +1,15 @@
 """D4S as an editor: closed-form weight edits on frozen keys, with sums as the only state (design §5).
 
 The published code (nlpkeg/D4S at c049ea7) keeps its sums in a module global, cannot save or take back anything, and measures upper keys
-under lower updates, which makes them depend on order. Here keys and residuals are read from the base only, so that pairs commute.
+under lower updates, which makes them depend on order. Here keys and residuals are read from the base only, so that pairs commute. Keys as
+published are an option (`cascade`); they are frozen into the pair once they are read, so that sums stay sums.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from errata.editors.artifacts import WeightDelta
 from errata.editors.base import Pairs, Preparation, Prepared, Progress, list_units
 from errata.editors.d4s.groups import group_keys, read_bare_keys
 from errata.editors.d4s.moments import Moments
-from errata.editors.d4s.reading import read_base
+from errata.editors.d4s.reading import read_base, read_keys
 from errata.editors.d4s.rows import EditRows, build_rows
 from errata.editors.d4s.solve import PairSystem, SumSystem, estimate_condition, factor_moments
 from errata.editors.d4s.state import D4SState
@@ -25,11 +28,12 @@ from errata.edits import Edit
 from errata.errors import BaseMismatchError, EditorError, TokenizationError
 from errata.modeling.layout import ModelLayout
 from errata.modeling.loading import Base
-from errata.modeling.patch import require_untouched
+from errata.modeling.patch import attach, require_untouched
 from errata.profiles import Profile
 
 CHUNK_TOKENS = 4_096
 """Padded tokens optimised side by side. Bounds the memory of one step, while matrix products are already as wide as they need to be."""
+_UNCROSSED = "state: expected the cross moments that spread 'refresh' needs, found sums without them: the pairs have to be summed anew"
 
 
 class D4S:
@@ -47,7 +51,6 @@ class D4S:
 
     name = "d4s"
     version = "1"
-    order_free = True
 
     def __init__(
         self,
@@ -82,6 +85,11 @@ class D4S:
         self._formed: tuple[D4SState | None, dict[int, PairSystem | SumSystem]] = (None, {})
 
     @property
+    def order_free(self) -> bool:
+        """Every spread is linear in sums over pairs, `d4s_code` too; only keys that are read under lower updates know what came before."""
+        return self._profile.prepare.keys == "frozen"
+
+    @property
     def options(self) -> Mapping[str, Any]:
         return self._profile.solve.model_dump(mode="json")
 
@@ -102,15 +110,22 @@ class D4S:
         return [tuple(sorted(ids[index] for index in group)) for group in groups if len(group) > 1]
 
     def prepare(
-        self, base: Base, edits: Sequence[Edit], on_progress: Progress | None = None, groups: Sequence[Sequence[str]] = ()
+        self,
+        base: Base,
+        edits: Sequence[Edit],
+        on_progress: Progress | None = None,
+        groups: Sequence[Sequence[str]] = (),
+        state: D4SState | None = None,
     ) -> Prepared:
         """Pairs of edits, read from the base, in chunks that fit in memory.
 
         Args:
             groups: ids of edits that share one pair; all others have one of their own. One that is refused leaves its group.
+            state: what they will be added to; looked at where keys cascade.
 
         Raises:
             BaseMismatchError: the profile is for another base, or the base carries an artifact now.
+            EditorError: keys cascade, and a system of the state cannot be solved.
         """
         self._require_base(base)
         options = self._profile.prepare
@@ -135,7 +150,24 @@ class D4S:
             done += len(told)
             if on_progress:
                 on_progress(done, len(rows))
-        return Prepared(Pairs.concatenate(parts) if notes else None, notes, refused)
+        pairs = Pairs.concatenate(parts) if notes else None
+        if pairs is not None and not self.order_free:
+            pairs = self._cascade(base, pairs, rows, self.empty_state() if state is None else state)
+        return Prepared(pairs, notes, refused)
+
+    def _cascade(self, base: Base, pairs: Pairs, rows: Mapping[str, EditRows], state: D4SState) -> Pairs:
+        """The pairs with the keys of each layer above the first read on the base with the layers below solved for all that is live and for
+        these (nlpkeg/D4S `memit_main.py`; algorithms.md §1.1). The weights of a layer depend on keys up to it alone, so bottom-up each has
+        what it needs; keys further up are still those of the base, and are not looked at."""
+        units = _chunk(rows, pairs.owners, self._chunk_tokens)
+        below: dict[int, torch.Tensor] = {}
+        for lower, layer in pairwise(self._profile.prepare.layers):
+            below[lower] = self._solve_layer(self.merge(state, pairs, None), lower, below)
+            written = {self._layout.weight_name(number): delta.float() for number, delta in below.items()}
+            with attach(base, [WeightDelta(base.digest, written)]):
+                parts = [read_keys(base, [[rows[edit_id] for edit_id in unit] for unit in chunk], layer).cpu() for chunk in units]
+            pairs = replace(pairs, keys={**pairs.keys, layer: torch.cat(parts)})
+        return pairs
 
     def empty_state(self) -> D4SState:
         return D4SState.empty(self._profile.base, self._profile.prepare.digest)
@@ -147,11 +179,17 @@ class D4S:
             BaseMismatchError: a state of another base or other prepare options.
             EditorError: sums without the cross moments that this spread needs; the pairs have to be summed anew.
         """
-        state = D4SState.load(source)
-        if not self._refreshes:
-            state = state.forget_crosses()
-        self._require_own(state)
+        state = self.carry_state(D4SState.load(source))
+        if state is None:
+            raise EditorError(_UNCROSSED)
         return state
+
+    def carry_state(self, state: D4SState) -> D4SState | None:
+        """See `Editor.carry_state`: only sums without cross moments cannot be refreshed."""
+        self._require_site(state)
+        if self._refreshes:
+            return state if state.crossed else None
+        return state.forget_crosses()
 
     def merge(self, state: D4SState, add: Pairs | None, remove: Pairs | None) -> D4SState:
         """Removal first, so that a replacement in a batch never passes through a doubled key."""
@@ -176,13 +214,19 @@ class D4S:
         if state.count == 0:
             return
         below: dict[int, torch.Tensor] = {}
-        for layer, share in self._shares.items():
-            delta = self._form(state, layer).solve(state.read_right(layer, below)) / share
-            if not torch.isfinite(delta).all():
-                raise EditorError(f"layer {layer}: the solved delta is not finite")
+        for layer in self._profile.prepare.layers:
+            delta = self._solve_layer(state, layer, below)
             if self._refreshes:
                 below[layer] = delta
             yield self._layout.weight_name(layer), delta
+
+    def _solve_layer(self, state: D4SState, layer: int, below: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """One layer's ΔW [d_out, d_in] float64, given those below, which `refresh` subtracts. Raises as `solve`."""
+        right = state.read_right(layer, below if self._refreshes else {})
+        delta: torch.Tensor = self._form(state, layer).solve(right) / self._shares[layer]
+        if not torch.isfinite(delta).all():
+            raise EditorError(f"layer {layer}: the solved delta is not finite")
+        return delta
 
     def measure_fits(self, state: D4SState, pairs: Pairs) -> torch.Tensor:
         """ρ of each pair: the fraction of its whole residual r that its own part of the weights realises, `Σ_l X_l k_l` with all other
@@ -241,12 +285,15 @@ class D4S:
         return {layer: len(layers) if even else len(layers) - below for below, layer in enumerate(layers)}
 
     def _require_own(self, state: D4SState) -> None:
+        self._require_site(state)
+        if self._refreshes and not state.crossed:
+            raise EditorError(_UNCROSSED)
+
+    def _require_site(self, state: D4SState) -> None:
         expected = {"base": self._profile.base, "prepare options": self._profile.prepare.digest}
         for name, found in (("base", state.base), ("prepare options", state.prepare)):
             if found != expected[name]:
                 raise BaseMismatchError(f"state: expected {name} {expected[name][:12]}, found {found[:12]}")
-        if self._refreshes and not state.crossed:
-            raise EditorError("state: expected the cross moments that spread 'refresh' needs, found sums without them: sum the pairs anew")
 
     def _form(self, state: D4SState, layer: int) -> PairSystem | SumSystem:
         """One layer's system, in the form of the state. Raises EditorError: it is singular."""
@@ -271,7 +318,7 @@ class D4S:
         return systems[layer]
 
 
-def _chunk(rows: Mapping[str, EditRows], units: Sequence[tuple[str, ...]], tokens: int) -> list[list[tuple[str, ...]]]:
+def _chunk(rows: Mapping[str, EditRows], units: Iterable[tuple[str, ...]], tokens: int) -> list[list[tuple[str, ...]]]:
     """Units in their order, cut so that a chunk's padded tokens stay below `tokens`."""
     chunks: list[list[tuple[str, ...]]] = []
     longest, count = 0, 0

@@ -66,6 +66,21 @@ def read_base(base: Base, units: Sequence[Sequence[EditRows]], layers: Sequence[
     return Reading(keys, _average_units(suffix.hidden[0:split:count, 0].float(), sizes), suffix, essences)
 
 
+@torch.no_grad()
+def read_keys(base: Base, units: Sequence[Sequence[EditRows]], layer: int) -> torch.Tensor:
+    """Keys [u, d_in] float32 at one layer, averaged as those of `read_base`, from the weights as they are now: with what is attached."""
+    rows = [edit for unit in units for edit in unit]
+    contexts = [row for edit in rows for row in edit.contexts]
+    every = torch.arange(len(contexts), device=base.device)
+    at = torch.tensor([row.site for row in contexts], device=base.device)
+    ids, mask = pad_rows([row.ids for row in contexts], find_pad(base.tokenizer), "right", base.device)
+    projection = {layer: base.layout.projection_of(base.model, layer)}
+    with trace_inputs(projection, lambda inputs: inputs[every, at].float(), stop=True) as found:
+        base.model.get_submodule(base.layout.body)(input_ids=ids, attention_mask=mask, use_cache=False)
+    averaged = _average_contexts(found[layer].view(len(rows), len(contexts) // len(rows), -1))
+    return _average_units(averaged, [len(unit) for unit in units])
+
+
 def _average_contexts(keys: torch.Tensor) -> torch.Tensor:
     """[e, c, d_in] → [e, d_in]: the mean of the bare context and of the mean of the others."""
     bare = keys[:, 0]

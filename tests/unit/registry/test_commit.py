@@ -10,7 +10,7 @@ import pytest
 
 from errata.errors import ConflictError, KeyMissingError, StorageError
 from registry.commit import CHECKPOINT_EVERY, commit
-from registry.events import CompactionCommit, read_commit, write_commit
+from registry.events import CalibrationCommit, CompactionCommit, read_commit, write_commit
 from registry.history import list_named, open_history
 from registry.storage.local import LocalStorage
 from registry.storage.memory import MemoryStorage
@@ -205,6 +205,36 @@ def draft_compaction(stream: Stream, rows: list[Any], **fields: Any) -> Compacti
         "manifest": objects.put_json({"format": 1, "sums": 1}),
     }
     return CompactionCommit(**{"seq": head.seq + 1, "parent": head.digest, "promoted": True, **COMMON, **content, **fields})
+
+
+def draft_calibration(stream: Stream, **fields: Any) -> CalibrationCommit:
+    head = stream.head
+    manifest = stream.objects.put_json({"format": 1, "base": head.base, "profile": "d" * 64})
+    content: dict[str, Any] = {"of": head.accepted, "profile": "d" * 64, "manifest": manifest, "promoted": True}
+    return CalibrationCommit(**{"seq": head.seq + 1, "parent": head.digest, **COMMON, **content, **fields})
+
+
+def test_a_calibration_moves_the_profile_and_no_edit(start: Make, edit: Make) -> None:
+    clerk = start()
+    stream = clerk.stream
+    commit(stream, clerk.draft([(edit("Ada"), "live"), (edit("Cid"), "quarantined")]), stream.head)
+    rows, counts, before = list(stream.index.find_rows("live")), stream.index.counts(), stream.head
+    with pytest.raises(StorageError, match="expected the state of the newest accepted commit 1, found that of 0"):
+        commit(stream, draft_calibration(stream, of=0), stream.head)
+    with pytest.raises(StorageError, match="expected a manifest on base b+ and profile e+, found another"):
+        commit(stream, draft_calibration(stream, profile="e" * 64), stream.head)
+    with pytest.raises(StorageError, match="expected the 1 pairs of the live edits"):
+        commit(stream, draft_calibration(stream, live=stream.objects.put_json([])), stream.head)
+    draft = commit(stream, draft_calibration(stream), stream.head)
+    head = stream.head
+    assert (head.seq, head.accepted, head.base, head.profile, head.manifest) == (2, 2, before.base, "d" * 64, draft.manifest)
+    assert stream.index.counts() == counts and list(stream.index.find_rows("live")) == rows
+    assert read_commit(write_commit(draft), "here") == draft
+    listed = stream.objects.put_json([{"op": "add", "pairs": rows[0].pairs, "rows": [rows[0].row]}])
+    summed = commit(stream, draft_calibration(stream, live=listed), stream.head)
+    assert ("live list", listed) in list_named(summed), "bundles and collectors of garbage must know it"
+    commit(stream, clerk.draft_rollback(1, profile=before.profile), stream.head)
+    assert (stream.head.profile, list(stream.index.find_rows("live"))) == (before.profile, rows)
 
 
 def test_a_compaction_sums_what_is_live_and_changes_no_edit(start: Make, edit: Make) -> None:
