@@ -30,6 +30,7 @@ test: $(STAMP)  ## all tests; no network, no GPU
 
 bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withdrawal, the long run, chaos, orchestration, second moments
 	$(BIN)/python -m benchmarks.edit_quality
+	$(BIN)/python -m benchmarks.casting
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.edit_speed
 	$(BIN)/python -m benchmarks.withdrawal

@@ -9,6 +9,7 @@ from typing import Any
 from rich.progress import Progress
 
 from errata.builtin import BUILTIN, ensure_builtin
+from errata.editors.base import Blobs
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import collect_moments
 from errata.edits import digest_of
@@ -20,7 +21,7 @@ from errata.world import World, make_world
 from tasks._session import quiet_transformers
 
 
-class MemoryBlobs:
+class MemoryBlobs(Blobs):
     """Objects in memory, under their digest."""
 
     def __init__(self) -> None:

@@ -35,15 +35,20 @@ def measure_opening(root: str, stream: str, cache: Path) -> dict[str, Any]:
     """Seconds, CPU seconds, MiB of memory beyond what the process had, and requests, to stand at the head of a stream."""
     storage = CountingStorage(open_storage(root))
     # Not getrusage: its peak is inherited from whoever started this process.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _read_peak()
+    reset_peak()
+    before = read_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     opened = open_stream(storage, stream, cache)  # type: ignore[arg-type]  # it is one, by delegation
     facts = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "head": opened.head.seq}
-    return facts | {"mib": _read_peak() - before, "asked": dict(storage.asked), "rows": sum(opened.index.counts().values())}
+    return facts | {"mib": read_peak() - before, "asked": dict(storage.asked), "rows": sum(opened.index.counts().values())}
 
 
-def _read_peak() -> float:
+def reset_peak() -> None:
+    """Let `read_peak` begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def read_peak() -> float:
     """Highest resident memory since it was last reset, in MiB. Linux only."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024

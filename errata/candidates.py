@@ -184,7 +184,7 @@ def build_candidate(
     blobs.put(merged.changes)
     stored = extend_state(layer.state, merged.changes)
     if len(stored.pairs_since) >= snapshot_every:
-        stored = take_snapshot(stored, blobs.put(merged.state.to_bytes()))
+        stored = take_snapshot(stored, blobs.put_from(merged.state.write))
     built = layer.model_copy(update={"artifact": blobs.put(artifact.to_bytes()) if artifact else None, "state": stored})
     manifest = head.model_copy(update={"layers": (built,), "recipe": merged.recipe})
     return Candidate(manifest, _measure_fits(editor, merged.state, merged.added))
@@ -270,10 +270,10 @@ def adopt_state(editor: Editor[Any], base: str, profile: str, state: Any, recipe
 
 
 def restart_manifest(
-    editor: Editor[Any], base: str, profile: str, recipe: str, artifact: bytes | None, snapshot: bytes | None, operations: int = 0
+    editor: Editor[Any], base: str, profile: str, recipe: str, artifact: bytes | None, snapshot: str | None, operations: int = 0
 ) -> Manifest:
-    """The manifest of a restarted state: its artifact, and the state itself unless it is empty."""
-    state = StateRef(snapshot=digest_of(snapshot) if snapshot else None, operations=operations)
+    """The manifest of a restarted state: its artifact, and the digest of the state itself unless it is empty."""
+    state = StateRef(snapshot=snapshot, operations=operations)
     layer = Layer(editor=editor.name, editor_version=editor.version, artifact=digest_of(artifact) if artifact else None, state=state)
     return Manifest(base=base, profile=profile, layers=(layer,), recipe=recipe)
 
@@ -289,10 +289,9 @@ def store_restart(blobs: Blobs, editor: Editor[Any], base: str, profile: str, ma
     """
     artifact = editor.solve(made.state)
     weights = artifact.to_bytes() if artifact else None
-    snapshot = made.state.to_bytes() if made.state.count else None
-    for data in (weights, snapshot):
-        if data is not None:
-            blobs.put(data)
+    snapshot = blobs.put_from(made.state.write) if made.state.count else None
+    if weights is not None:
+        blobs.put(weights)
     return restart_manifest(editor, base, profile, made.recipe, weights, snapshot, operations)
 
 
@@ -326,7 +325,7 @@ def repack_pairs(blobs: Blobs, refs: Sequence[PairRef]) -> dict[PairRef, PairRef
 def load_state(blobs: Blobs, editor: Editor[Any], ref: StateRef) -> Any:
     """The state a manifest names: its snapshot with the change lists since replayed in order, each in one merge as it was made, since
     sums that are formed in other groups differ in their last bits."""
-    state: State = editor.load_state(blobs.get(ref.snapshot)) if ref.snapshot else editor.empty_state()
+    state: State = editor.load_state(blobs.fetch(ref.snapshot)) if ref.snapshot else editor.empty_state()
     for digest in ref.pairs_since:
         changes = [Change.model_validate(item) for item in json.loads(blobs.get(digest))]
         added, removed = (_read_changes(blobs, [change for change in changes if change.op == op]) for op in ("add", "remove"))

@@ -1,11 +1,13 @@
 """The edit: one fact to write, its probes, and what makes two edits the same or contradict (design §3)."""
 
 import hashlib
+import io
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal, cast
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -209,3 +211,22 @@ def _encode(value: Any) -> Any:
 def digest_of(data: bytes) -> str:
     """sha256 in 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def digest_written(write: Callable[[BinaryIO], object]) -> str:
+    """`digest_of` what `write` writes, which is held nowhere."""
+    sink = _Digesting()
+    write(cast(BinaryIO, sink))
+    return sink.sha256.hexdigest()
+
+
+class _Digesting(io.RawIOBase):
+    """A file that keeps nothing but the digest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return memoryview(data).nbytes

@@ -23,7 +23,7 @@ from errata.candidates import (
 )
 from errata.editors.artifacts import load_artifact
 from errata.editors.base import Blobs, Editor
-from errata.edits import digest_of
+from errata.edits import digest_of, digest_written
 from errata.errors import BaseMismatchError, EditorError, KeyMissingError, ObjectCorruptError
 from errata.exactness import RELATIVE, measure_gap
 from errata.findings import Finding, FindingState, describe_fault, find_fault
@@ -207,7 +207,7 @@ class Replay:
         if snapshot is None or layer.state.pairs_since or not self._check(entry.seq, "snapshot", snapshot, None):
             return None
         self._snapshots.add(entry.seq)
-        return Point(self.editor.load_state(self.blobs.get(snapshot)), stored.recipe, stored)
+        return Point(self.editor.load_state(self.blobs.fetch(snapshot)), stored.recipe, stored)
 
     # What is stored, and whether it is the same
 
@@ -246,13 +246,14 @@ class Replay:
         artifact = self.editor.solve(reached.state)
         weights = digest_of(artifact.to_bytes()) if artifact else None
         since = extend_state(layer.state, changes)
-        for state in (since, take_snapshot(since, digest_of(reached.state.to_bytes()))):
+        for state in (since, take_snapshot(since, digest_written(reached.state.write))):
             built = layer.model_copy(update={"artifact": weights, "state": state})
             yield before.manifest.model_copy(update={"layers": (built,), "recipe": reached.recipe})
 
     def _spell_restart(self, reached: Point, operations: int) -> Manifest:
         artifact = self.editor.solve(reached.state)
-        weights, snapshot = artifact.to_bytes() if artifact else None, reached.state.to_bytes() if reached.state.count else None
+        weights = artifact.to_bytes() if artifact else None
+        snapshot = digest_written(reached.state.write) if reached.state.count else None
         return restart_manifest(self.editor, self.base, self.profile, reached.recipe, weights, snapshot, operations)
 
     def _compare_restart(self, seq: int, before: Point, after: Point, solve: bool) -> None:
@@ -342,7 +343,7 @@ class Replay:
             artifact = self.editor.solve(reached.state)
             changed["artifact"] = self.blobs.put(artifact.to_bytes()) if artifact else None
         if stored is None or {layer.state.snapshot, *layer.state.pairs_since} & gone:
-            changed["state"] = take_snapshot(layer.state, self.blobs.put(reached.state.to_bytes()))
+            changed["state"] = take_snapshot(layer.state, self.blobs.put_from(reached.state.write))
         built = layer.model_copy(update=changed)
         manifest = Manifest(base=self.base, profile=self.profile, layers=(built,), recipe=reached.recipe)
         return Remade(self.blobs.put(manifest.to_bytes()), frozenset(gone))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from errata.edits import canonical_json
 from errata.errors import FormatError
@@ -127,6 +127,32 @@ class Locality(_Part):
     positions: int = 0
 
 
+COARSE = 0.1
+"""`Casting.error` above which people are warned: a tenth of the change is noise then."""
+
+
+class Casting(_Part):
+    """What is left of a change when a weight of few bits takes it: edits are solved in float64, and W0 + Δ is cast once."""
+
+    error: float
+    """‖cast(W0 + Δ) − W0 − Δ‖ / ‖Δ‖, Frobenius: 0 is all of it, 1 as much noise as change."""
+    lost: float
+    """Share of the entries of Δ that are not zero and leave W0 as it was."""
+    norm: float
+    """‖Δ‖."""
+    entries: int
+    """Entries of Δ that are not zero."""
+
+    @classmethod
+    def over(cls, parts: Sequence[Self]) -> Self | None:
+        """Of several weights as if they were one; None of none."""
+        norm, entries = math.hypot(*(part.norm for part in parts)), sum(part.entries for part in parts)
+        if not norm:
+            return None
+        error = math.hypot(*(part.error * part.norm for part in parts)) / norm
+        return cls(error=error, lost=sum(part.lost * part.entries for part in parts) / entries, norm=norm, entries=entries)
+
+
 class WeightNorms(_Part):
     """How far one edited weight has moved from the base. Infinite or undefined values are None."""
 
@@ -142,6 +168,21 @@ class WeightNorms(_Part):
     """The same over the largest singular value of W0."""
     condition: float | None = None
     """Condition number of the matrix that was solved with, where the editor reports one."""
+    casting: Casting | None = None
+    """Of a weight with fewer bits than the stored Δ, which is float32; None of others."""
+
+    @model_serializer(mode="wrap")
+    def _omit_none(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Reports on float32 weights are spelled as they were before casting was measured."""
+        content: dict[str, Any] = spell(self)
+        return content if self.casting else {name: value for name, value in content.items() if name != "casting"}
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """Under flat names, for a tracking server."""
+        names = ("mean_abs_ratio", "frobenius_ratio", "spectral", "spectral_ratio", "condition")
+        cast = {"cast_error": self.casting.error, "cast_lost": self.casting.lost} if self.casting else {}
+        return {**{name: getattr(self, name) for name in names}, **cast}
 
 
 class WithdrawnRow(_Part):
@@ -207,6 +248,11 @@ class Report(_Part):
     withdrawal: Withdrawal | None = None
     """Of a candidate from which edits were taken back."""
 
+    @property
+    def casting(self) -> Casting | None:
+        """Of all edited weights together; None where they lose nothing."""
+        return Casting.over([norms.casting for norms in self.norms if norms.casting])
+
     def to_bytes(self) -> bytes:
         # Left out where there is none, so that the report of a batch is spelled as it was before withdrawals were known.
         return canonical_json(self.model_dump(mode="json", exclude=None if self.withdrawal else {"withdrawal"}))
@@ -243,6 +289,7 @@ class Report(_Part):
             for name, value in scores:
                 named[f"{label}.{name}"] = value.value if isinstance(value, Mean) else value
         for norms in self.norms:
-            for name in ("mean_abs_ratio", "frobenius_ratio", "spectral", "spectral_ratio", "condition"):
-                named[f"norms.{norms.weight}.{name}"] = getattr(norms, name)
+            named |= {f"norms.{norms.weight}.{name}": value for name, value in norms.numbers.items()}
+        if casting := self.casting:
+            named |= {"cast_error": casting.error, "cast_lost": casting.lost}
         return {name: float(value) for name, value in named.items() if value is not None}

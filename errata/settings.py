@@ -142,6 +142,9 @@ class Settings(BaseSettings):
     stream: str = Field(default="main", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    device_map: Literal["auto"] | None = None
+    """`auto`: a model that does not fit on the device is spread over it, main memory and the disk, by accelerate. None: all of it on the
+    device."""
     threads: int | None = Field(default=None, ge=1)
     """Torch threads; None: torch's own choice. Content digests agree only between equal thread counts."""
     actor: str = Field(default_factory=lambda: os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown")

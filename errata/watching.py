@@ -130,8 +130,7 @@ class WatchReport(_Part):
             "alarms": len(self.alarms),
         }
         for item in self.layers:
-            for name in ("mean_abs_ratio", "frobenius_ratio", "spectral", "spectral_ratio", "condition"):
-                named[f"norms.{item.layer}.{name}"] = getattr(item.norms, name)
+            named |= {f"norms.{item.layer}.{name}": value for name, value in item.norms.numbers.items()}
             named[f"norms.{item.layer}.growth_per_100"] = item.growth
         for age in self.ages:
             named[f"retention.{age.age}.immediate"] = age.immediate.value

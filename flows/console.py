@@ -23,6 +23,7 @@ from flows import (
     console_longrun,
     console_merge,
     console_moments,
+    console_plan,
     console_rebase,
     console_replay,
     console_report,
@@ -372,6 +373,7 @@ console_calibrate.add_commands(app)
 console_approval.add_commands(app)
 console_merge.add_commands(app)
 console_moments.add_commands(app)
+console_plan.add_commands(app)
 console_rebase.add_commands(app)
 console_adopt.add_commands(app)
 console_replay.add_commands(app)

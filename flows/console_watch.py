@@ -77,6 +77,8 @@ def build_watch(facts: dict[str, Any]) -> RenderableType:
         ("locality", f"KL {kl}, agreement with the base {share(locality['agreement'])} over {locality['positions']} positions"),
         ("perplexity", f"{share(ratio)} times the base's on the probe"),
     ]
+    if cast := {f"layer {item['layer']}": item["norms"]["casting"] for item in facts["layers"] if item["norms"].get("casting")}:
+        rows.append(("cast", views.describe_casting(cast)))
     if ability := facts["ability"]:
         said = f"{share(ability['champion']['value'])} of {ability['champion']['edits']} questions, base {share(ability['base']['value'])}"
         rows.append(("ability", f"{said} ({escape(ability['source'])})"))

@@ -102,6 +102,7 @@ def describe_commit(stream: Stream, commit: Commit) -> Facts:
         "retention": report.get("retention", {}).get("efficacy", {}).get("value"),
         "withdrawal": report.get("withdrawal"),
         "norms": {norms["weight"]: norms["mean_abs_ratio"] for norms in report.get("norms", [])},
+        "casting": {norms["weight"]: norms["casting"] for norms in report.get("norms", []) if norms.get("casting")},
         "seconds": commit.seconds,
     }
 

@@ -107,6 +107,7 @@ def build_commit(facts: Facts) -> RenderableType:
                 ", ".join(f"{name} {show_share(facts[name])}" for name in ("efficacy", "generalization", "specificity", "retention")),
             ),
             ("norms", ", ".join(f"{name} {show_share(value)}" for name, value in facts["norms"].items()) or "–"),
+            *([("cast", describe_casting(facts["casting"]))] if facts["casting"] else []),
             *([("serves again", f"commit {written['target']}")] if "target" in written else []),
             *([("withdrawn", describe_withdrawal(facts["withdrawal"]))] if facts.get("withdrawal") else []),
             ("cost", show_seconds(facts["seconds"])),
@@ -219,6 +220,11 @@ def describe_withdrawal(measured: Facts) -> str:
         bits = "the same to the bit as" if exactness["identical"] else f"within {exactness['relative']:.1e} of"
         said += f"; weights {bits} a rebuild without {'it' if len(rows) == 1 else 'them'}"
     return said
+
+
+def describe_casting(measured: Facts) -> str:
+    """What each edited weight of fewer bits than the change loses of it."""
+    return ", ".join(f"{name} {part['error']:.1%} off, {part['lost']:.1%} of it lost" for name, part in measured.items())
 
 
 def _describe_outcome(row: Facts) -> str:

@@ -1,16 +1,27 @@
 """Content-addressed objects: the key of an object is the sha256 of its bytes, so it is written once and checked on every read."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from errata.edits import canonical_json, digest_of
 from errata.errors import ErasedError, KeyExistsError, KeyMissingError, ObjectCorruptError, StorageError
 from registry.erased import ErasureMap
 from registry.storage.base import Entry, Storage
 
+_LARGE = 2**26
+"""Bytes from which on an object is a file rather than bytes in memory, where its reader can use one."""
+_STALE = 2 * 86_400.0
+"""Seconds after which a local copy that nobody has asked for goes."""
 _PARSED = 500
 """Rows parsed at once."""
 _HEX = frozenset("0123456789abcdef")
@@ -21,10 +32,12 @@ class ObjectStore:
 
     Args:
         prefix: where they lie, e.g. `streams/main/objects`.
+        shelf: local folder for large ones of a storage that is elsewhere; without one they are read as all others are.
     """
 
-    def __init__(self, storage: Storage, prefix: str) -> None:
+    def __init__(self, storage: Storage, prefix: str, shelf: Path | None = None) -> None:
         self._storage = storage
+        self._shelf = shelf
         self._prefix = prefix.rstrip("/")
         self._erased = ErasureMap(storage, self._prefix.removesuffix("objects"))
 
@@ -46,6 +59,53 @@ class ObjectStore:
                 f"{self._storage.url}/{self._key(digest)}: expected bytes with this sha256, found {len(data)} bytes with {found}"
             )
         return data
+
+    def fetch(self, digest: str) -> bytes | Path:
+        """As `get`; a large one as a local file, which is not to be changed: the storage's own, or one on the shelf, where it is
+        downloaded to and checked once. Raises as `get`."""
+        found = self._storage.find(self._key(digest))
+        if found is None or found.size < _LARGE or self._shelf is None:
+            return self.get(digest)
+        kept = self._shelf / digest
+        if kept.is_file():
+            with suppress(FileNotFoundError):
+                os.utime(kept)
+                return kept
+        with _fetched(self._storage, self._key(digest), self._shelf) as path:
+            if (wrong := _digest_file(path)) != digest:
+                raise ObjectCorruptError(f"{self._storage.url}/{self._key(digest)}: expected bytes with this sha256, found {wrong}")
+            if path.parent != self._shelf:
+                return path
+            path.rename(kept)
+        drop_stale(self._shelf)
+        return kept
+
+    def put_from(self, write: Callable[[BinaryIO], object]) -> str:
+        """As `put`, of what `write` writes; what is large goes through a file."""
+        shelf = self._make_shelf()
+        with tempfile.SpooledTemporaryFile(max_size=_LARGE, dir=str(shelf) if shelf else None) as spool:
+            file = cast(BinaryIO, spool)
+            write(file)
+            size = file.tell()
+            file.seek(0)
+            if size < _LARGE:
+                return self.put(file.read())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # asks for what is there from Python 3.11 on
+            key = self._key(digest)
+            if self._storage.exists(key):
+                with suppress(KeyMissingError), _fetched(self._storage, key, shelf) as path:
+                    if _digest_file(path) == digest:
+                        self._storage.renew(key)
+                        return digest
+                self._storage.delete(key)
+            with suppress(KeyExistsError):
+                self._storage.create_from(key, file)
+            return digest
+
+    def _make_shelf(self) -> Path | None:
+        if self._shelf is not None:
+            self._shelf.mkdir(parents=True, exist_ok=True)
+        return self._shelf
 
     def put(self, data: bytes) -> str:
         """Store bytes; their digest. On return an intact copy is stored, whether by this call or an earlier one: what lies there
@@ -138,3 +198,29 @@ class ObjectStore:
         if len(digest) != 64 or not _HEX.issuperset(digest):
             raise StorageError(f"object: expected a sha256 in 64 hex digits, found {digest!r}")
         return f"{self._prefix}/{digest}"
+
+
+def drop_stale(folder: Path) -> None:
+    """Remove what lies in a folder of local copies and was not used for two days; what is open somewhere stays until it is closed."""
+    end = time.time() - _STALE
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with suppress(OSError):
+            if path.stat().st_mtime < end:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def _fetched(storage: Storage, key: str, shelf: Path | None) -> Iterator[Path]:
+    """A local file with the value, at once on the shelf or the storage's own. One on the shelf goes unless it was renamed."""
+    with tempfile.TemporaryDirectory(prefix=".fetch-") if shelf is None else nullcontext(str(shelf)) as folder:
+        draft = Path(folder) / f".{uuid.uuid4().hex}"
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield storage.fetch_file(key, draft)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

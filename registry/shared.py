@@ -171,6 +171,11 @@ def get_moments(storage: Storage, digest: str) -> bytes:
     return ObjectStore(storage, "shared/moments").get(digest)
 
 
+def fetch_moments(storage: Storage, digest: str, cache: Path) -> bytes | Path:
+    """As `get_moments`; large ones as a local file, downloaded to the cache once where the storage is elsewhere. Raises likewise."""
+    return ObjectStore(storage, "shared/moments", cache / "moments").fetch(digest)
+
+
 def put_profile(storage: Storage, base: str, data: bytes) -> str:
     """Store a profile of the base with this digest; the profile's digest.
 

@@ -39,7 +39,7 @@ class Stream:
 
     def __init__(self, storage: Storage, name: str, cache_dir: Path | None) -> None:
         self.storage, self.name = storage, name
-        self.objects = ObjectStore(storage, self.key("objects"))
+        self.objects = ObjectStore(storage, self.key("objects"), cache_dir / "objects" if cache_dir else None)
         self.log = CommitLog(storage, self.key("commits"))
         self.checkpoints = Checkpoints(storage, self.key("checkpoints"), self.objects)
         place = digest_of(f"{storage.url} {name}".encode())[:16]

@@ -1,8 +1,9 @@
 """What a stage needs at hand: the stream at its head and, where it touches weights, the base and the editor."""
 
+import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,9 +18,11 @@ from errata.editors.catalogue import make_editor
 from errata.editors.d4s.moments import Moments
 from errata.manifests import Manifest
 from errata.modeling.loading import Base, load_base
+from errata.plan import Plan, can_hoard, choose_chunk, count_weights, find_room, make_plan
 from errata.profiles import Profile
 from errata.settings import Settings, load_settings
-from registry.shared import BaseRef, fetch_base, get_base, get_moments, get_profile
+from registry.objects import drop_stale
+from registry.shared import BaseRef, fetch_base, fetch_moments, get_base, get_profile
 from registry.storage.base import Storage
 from registry.stream import Stream, open_stream
 
@@ -56,8 +59,46 @@ def load_named(settings: Settings, storage: Storage, base_digest: str, profile_d
     """As `load_model`, for what a root holds under these digests."""
     ref, folder, base = find_stored(settings, storage, base_digest, settings.device)
     profile = Profile.model_validate_json(get_profile(storage, base_digest, profile_digest))
-    moments = Moments.from_bytes(get_moments(storage, profile.solve.moments))
-    return Model(ref, folder, base, profile, make_editor(editor, profile, moments, base.layout))
+    moments = Moments.load(fetch_moments(storage, profile.solve.moments, settings.cache))
+    limits = limit_editor(settings, base, profile.prepare.layers)
+    made = make_editor(editor, profile, moments, base.layout, **limits)
+    return Model(ref, folder, base, profile, made)
+
+
+def limit_editor(settings: Settings, base: Base, layers: Sequence[int]) -> dict[str, Any]:
+    """What an editor of these layers may use of this machine now, as `make_editor` takes it."""
+    scratch = settings.cache / "scratch"
+    drop_stale(scratch)
+    free = find_room(base.device, 0).device
+    shapes = [base.layout.read_weight(base.model, layer).shape for layer in layers]
+    return {
+        "scratch": scratch,
+        "hoards": can_hoard([(shape[0], shape[1]) for shape in shapes]),
+        "chunk_tokens": choose_chunk(base.model, base.layout, max(layers), free),
+    }
+
+
+def plan_model(settings: Settings, model: Model, edits: int) -> Plan:
+    """What so many edits take on a base that is loaded.
+
+    Raises:
+        ModelError: there is no room for it.
+    """
+    room = find_room(model.base.device, free_disk(settings))
+    own = count_weights(model.base.model)  # in memory already, so not among what is free
+    room = room._replace(device=room.device + own, memory=room.memory + own if room.shared else room.memory)
+    layers, spread = model.profile.prepare.layers, model.profile.solve.spread
+    plan = make_plan(model.base.model, layers, spread, room, edits=edits, offloads=settings.device_map is not None)
+    plan.require_fit()
+    return plan
+
+
+def free_disk(settings: Settings) -> int:
+    """Bytes free where the cache is, or will be."""
+    folder = settings.cache.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def find_stored(settings: Settings, storage: Storage, digest: str, device: str) -> tuple[BaseRef, Path | None, Base]:
@@ -71,7 +112,15 @@ def find_stored(settings: Settings, storage: Storage, digest: str, device: str) 
         copies = _hold_copies(digest)
         if device not in copies:
             quiet_transformers()
-            copies[device] = load_base(str(folder or ref.source), revision=ref.revision, device=device, expect=digest)
+            offload = settings.cache / "offload"
+            copies[device] = load_base(
+                str(folder or ref.source),
+                revision=ref.revision,
+                device=device,
+                expect=digest,
+                device_map=settings.device_map,
+                offload=offload,
+            )
         return ref, folder, copies[device]
 
 

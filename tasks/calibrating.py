@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -27,11 +28,11 @@ from errata.suggestions import suggest_profile
 from errata.world import make_world
 from registry.calibrations import open_objects, read_steps, store_found, store_step
 from registry.release import resolve_tracking
-from registry.shared import get_base, get_moments, put_profile
+from registry.shared import fetch_moments, get_base, put_profile
 from registry.storage.base import Storage, open_storage
 from registry.trials import TrialRuns
 from tasks._progress import show_progress
-from tasks._session import find_stored
+from tasks._session import find_stored, limit_editor
 from tasks._task import stage
 
 _ASKED = 400
@@ -125,8 +126,8 @@ def open_search(base: str, sheet: str, starts: Sequence[PrepareOptions], moments
     facts = FactSheet.from_bytes(objects.get(sheet))
     count = min(edits or _SEARCH, len(facts.search))
     if edits is None:
-        held = _load(settings, storage, base), Moments.from_bytes(get_moments(storage, moments))
-        count = _afford_edits(*held, facts.search[:count], starts[0], settings.evaluate.batch_tokens, _SHARE * budget_minutes * 60 / _STEPS)
+        desk = _make_desk(settings, storage, base, moments, starts, facts.search[:count])
+        count = _afford_edits(desk, starts[0], _SHARE * budget_minutes * 60 / _STEPS)
     search = Search(base=base, moments=moments, facts=sheet, edits=count, starts=tuple(starts))
     return objects.put(search.to_bytes())
 
@@ -178,7 +179,7 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
     best = choose_best(trials)
     rivals = choose_rivals(trials, best, _RIVALS)
     with show_progress("measuring the choice on other edits") as on_progress:
-        apart = Desk(desk.base, desk.moments, facts.validation, settings.evaluate.batch_tokens)
+        apart = replace(desk, edits=facts.validation)
         validation = []
         for number, trial in enumerate((best, *rivals)):
             validation += apart.try_options(trial.prepare, (trial.spread,), (), lambdas=(trial.lam,))
@@ -247,16 +248,16 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
     )
 
 
-def _afford_edits(base: Base, moments: Moments, edits: Sequence[Edit], options: PrepareOptions, batch_tokens: int, seconds: float) -> int:
-    """How many of the edits one step may write in so many seconds: doubled as long as the double is likely to do."""
-    count = min(_FEWEST, len(edits))
-    Desk(base, moments, tuple(edits[:_TIMED]), batch_tokens).try_options(options, ("even",), (0.9,))  # pays for what is made once
-    while count < len(edits):
+def _afford_edits(desk: Desk, options: PrepareOptions, seconds: float) -> int:
+    """How many of its edits one step may write in so many seconds: doubled as long as the double is likely to do."""
+    count = min(_FEWEST, len(desk.edits))
+    replace(desk, edits=desk.edits[:_TIMED]).try_options(options, ("even",), (0.9,))  # pays for what is made once
+    while count < len(desk.edits):
         begun = time.perf_counter()
-        Desk(base, moments, tuple(edits[:count]), batch_tokens).try_options(options, ("even",), (0.9,))
+        replace(desk, edits=desk.edits[:count]).try_options(options, ("even",), (0.9,))
         if 2 * (time.perf_counter() - begun) > seconds:
             break
-        count = min(2 * count, len(edits))
+        count = min(2 * count, len(desk.edits))
     return count
 
 
@@ -292,8 +293,15 @@ def _hold_desk(root: str, device: str, batch_tokens: int, base: str, search: str
     objects = open_objects(storage, base)
     plan = Search.from_bytes(objects.get(search))
     facts = FactSheet.from_bytes(objects.get(plan.facts))
-    moments = Moments.from_bytes(get_moments(storage, plan.moments))
-    return Desk(_load(settings, storage, base), moments, facts.search[: plan.edits], batch_tokens), plan, facts
+    return _make_desk(settings, storage, base, plan.moments, plan.starts, facts.search[: plan.edits]), plan, facts
+
+
+def _make_desk(
+    settings: Settings, storage: Storage, base: str, moments: str, starts: Sequence[PrepareOptions], edits: tuple[Edit, ...]
+) -> Desk:
+    model, layers = _load(settings, storage, base), max((start.layers for start in starts), key=len)
+    held = Moments.load(fetch_moments(storage, moments, settings.cache))
+    return Desk(model, held, edits, settings.evaluate.batch_tokens, limit_editor(settings, model, layers))
 
 
 def _open_runs(settings: Settings, base: str, search: str) -> TrialRuns:

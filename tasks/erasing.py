@@ -110,7 +110,7 @@ def restate_head(settings: Settings, stream: Stream, ids: frozenset[str]) -> tup
         editor_version=layer.editor_version,
         artifact=stream.objects.put(artifact.to_bytes()) if artifact else None,
         built_on=layer.built_on,
-        state=StateRef(snapshot=stream.objects.put(state.to_bytes())),
+        state=StateRef(snapshot=stream.objects.put_from(state.write)),
     )
     return head.model_copy(update={"layers": (built, *head.layers[1:])}), gap
 

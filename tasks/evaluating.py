@@ -1,5 +1,6 @@
 """Candidate to decision: what it does to its own edits, to older ones and to everything else, and whether that is good enough."""
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from errata.evaluation.evaluate import evaluate_candidate
 from errata.gate import decide
 from errata.manifests import Manifest
 from errata.monitors.locality import PROBE_TEXTS
-from errata.report import Diagnosis, Report
+from errata.report import COARSE, Diagnosis, Report
 from errata.rounds import Round
 from errata.settings import Settings
 from errata.world import FILLER
@@ -19,7 +20,7 @@ from registry.orders import Order
 from registry.stream import Stream
 from tasks._progress import show_progress
 from tasks._session import Model, load_model, open_named
-from tasks._task import stage
+from tasks._task import stage, tell_run
 
 
 @stage
@@ -65,7 +66,7 @@ def measure_candidate(
         known: what else there is to say of the edits, by the names it has there.
     """
     with show_progress("evaluating") as on_progress:
-        return evaluate_candidate(
+        report = evaluate_candidate(
             model.base,
             artifacts,
             edits,
@@ -76,6 +77,15 @@ def measure_candidate(
             progress=lambda _stage, done, total: on_progress(done, total),
             **known,
         )
+    warn_coarse(report)
+    return report
+
+
+def warn_coarse(report: Report) -> None:
+    """Say so where the base's weights have too few bits for what was written. No reason to refuse: efficacy is measured as cast."""
+    if (cast := report.casting) and cast.error > COARSE:
+        said = f"casting: expected weights that take the change to within {COARSE:.0%}, found it {cast.error:.0%} off"
+        tell_run(logging.WARNING, f"{said} and {cast.lost:.0%} of its entries lost; a base of more bits would keep them")
 
 
 def find_mates(stream: Stream, candidate: Round) -> dict[str, list[Edit]]:

@@ -1,5 +1,6 @@
 """A new stream: base, second moments, profile, first commit. Plain functions: nothing here is scheduled."""
 
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import PreTrainedModel
 
 from errata.builtin import BUILTIN, ensure_builtin
 from errata.candidates import start_manifest
@@ -16,22 +18,25 @@ from errata.editors.base import Editor
 from errata.editors.catalogue import make_editor
 from errata.editors.d4s.moments import Moments
 from errata.errors import InputError, ModelError, SettingsError
-from errata.modeling.loading import Base, load_base
+from errata.modeling.layout import find_layout
+from errata.modeling.loading import Base, choose_device, load_base, sketch_model
+from errata.plan import Plan, find_room, make_plan, spell_bytes
 from errata.profiles import PrepareOptions, Profile, SolveOptions, Spread, require_same_pairs
 from errata.settings import Settings
 from errata.suggestions import BUILTIN_SUGGESTION, Suggestion, choose_spread, suggest_profile
 from errata.validation import explain_errors
 from registry.calibrations import find_calibrated
 from registry.events import InitCommit
-from registry.shared import BaseRef, get_moments, get_profile, list_profiles, put_base, put_moments, put_profile
+from registry.shared import BaseRef, fetch_moments, get_moments, get_profile, list_profiles, put_base, put_moments, put_profile
 from registry.storage.base import Storage, check_create_if_absent, open_storage
 from registry.stream import Stream, create_stream
 from tasks._progress import show_progress
-from tasks._session import keep_loaded, load_model, quiet_transformers
+from tasks._session import free_disk, keep_loaded, load_model, quiet_transformers
 from tasks.committing import describe_writer
 from tasks.measuring import measure_here
 
 BUILTIN_NAME = "builtin"
+_log = logging.getLogger(__name__)
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 _DIGEST = re.compile(r"[0-9a-f]{4,64}")
 
@@ -88,7 +93,8 @@ def start_stream(
     """
     storage = open_storage(settings.root)
     check_create_if_absent(storage)
-    placed = place_profile(storage, settings.cache, find_base(settings, source, revision), profile, corpus)
+    found = find_base(settings, source, revision, profile)
+    placed = place_profile(storage, settings.cache, found, profile, corpus)
     manifest = start_manifest(placed.editor, placed.ref.digest, placed.profile)
     init = InitCommit(
         seq=0,
@@ -117,9 +123,10 @@ def place_target(
     if source is None and profile is None:
         raise InputError("rebase: expected another base (--base) or another profile (--profile), found neither")
     if source is not None:
-        return place_profile(stream.storage, settings.cache, find_base(settings, source, revision), profile, corpus)
+        found = find_base(settings, source, revision, profile)
+        return place_profile(stream.storage, settings.cache, found, profile, corpus)
     model = load_model(settings, stream)
-    own = Moments.from_bytes(get_moments(stream.storage, model.profile.solve.moments))
+    own = Moments.load(fetch_moments(stream.storage, model.profile.solve.moments, settings.cache))
     return place_profile(stream.storage, settings.cache, Source(model.ref, model.folder, model.base), profile, corpus, own)
 
 
@@ -140,7 +147,7 @@ def place_profile(
         made = Profile.model_validate_json(get_profile(storage, found.ref.digest, stored))
         moments = Moments.from_bytes(get_moments(storage, made.solve.moments))
         return Placed(put_base(storage, found.ref, found.folder), stored, make_editor("d4s", made, moments, found.base.layout))
-    chosen = choose_profile(found, profile)
+    chosen = choose_profile(found.base.model, profile, builtin=found.ref.kind == "builtin")
     spread = chosen.spread or choose_spread(len(chosen.prepare.layers))
     draft = write_profile(found.ref.digest, chosen, spread, "")
     if own is not None and corpus is None and set(chosen.prepare.layers) <= set(own.c):
@@ -213,16 +220,59 @@ def find_profile(storage: Storage, base: str, given: str) -> str | None:
     return found[0]
 
 
-def find_base(settings: Settings, source: str, revision: str | None) -> Source:
-    """Load the base a user named; the built-in one is trained if the cache has none. It stays in memory for what follows.
+def find_base(settings: Settings, source: str, revision: str | None, profile: str | None = None) -> Source:
+    """Load the base a user named, if there is room for it and for editing it, and keep it in memory; the built-in one is trained if the
+    cache has none.
 
     Raises:
         InputError: it names nothing that could be a base.
-        ModelError: the base cannot be loaded.
+        ModelError: the base cannot be loaded, or there is no room.
     """
-    found = _load_source(settings, source, revision)
+    found = _load_source(settings, source, revision, profile)
     keep_loaded(found.base, settings.device)
     return found
+
+
+def plan_source(
+    settings: Settings,
+    source: str,
+    *,
+    revision: str | None = None,
+    profile: str | None = None,
+    edits: int = 1_000,
+    device_memory: int | None = None,
+) -> Plan:
+    """What editing a base would take, from its configuration alone: none of its weights are read.
+
+    Args:
+        source: as in `start_stream`, or a config.json.
+        edits: live at once.
+        device_memory: bytes of the device to plan for; None is what this machine's has free.
+
+    Raises:
+        ModelError, UnknownArchitectureError: no configuration of a model of a known family there.
+        InputError, SettingsError: as `choose_profile`.
+    """
+    if source == BUILTIN_NAME:
+        with show_progress("training the built-in base") as on_progress:
+            model = sketch_model(str(ensure_builtin(BUILTIN, settings.cache, lambda done, total, _: on_progress(done, total))))
+    else:
+        model = sketch_model(source, revision)
+    chosen = choose_profile(model, profile, builtin=source == BUILTIN_NAME)
+    spread = chosen.spread or choose_spread(len(chosen.prepare.layers))
+    room = find_room(choose_device(settings.device), free_disk(settings), device_memory)
+    return make_plan(model, chosen.prepare.layers, spread, room, edits=edits, offloads=settings.device_map is not None)
+
+
+def require_room(settings: Settings, source: str, revision: str | None, profile: str | None) -> None:
+    """Say what editing a base takes, before it is loaded. Raises as `plan_source`, and ModelError: there is no room for it."""
+    if profile is not None and _DIGEST.fullmatch(profile) and not Path(profile).exists():
+        return  # stored, for a base that was loaded here before
+    plan = plan_source(settings, source, revision=revision, profile=profile)
+    most = {place: sum(line.bytes for line in plan.lines if line.place == place and line.phase == "always") for place in plan.room}
+    said = ", ".join(f"{spell_bytes(size)} on the {place}" for place, size in most.items() if size)
+    _log.info("plan: %s parameters of %s stay as %s; %s", f"{plan.parameters:,}", plan.dtype, said, "fits" if plan.fits else "does not fit")
+    plan.require_fit()
 
 
 def read_profile(path: Path) -> Suggestion:
@@ -242,7 +292,7 @@ def read_profile(path: Path) -> Suggestion:
     return Suggestion(given.prepare, given.lam, given.origin, given.max_norm_ratio, given.spread)
 
 
-def choose_profile(found: Source, path: str | None) -> Suggestion:
+def choose_profile(model: PreTrainedModel, path: str | None, *, builtin: bool) -> Suggestion:
     """The user's profile, else the built-in base's, else published values of the family.
 
     Raises:
@@ -251,10 +301,10 @@ def choose_profile(found: Source, path: str | None) -> Suggestion:
     """
     if path is not None:
         return read_profile(Path(path))
-    if found.ref.kind == "builtin":
+    if builtin:
         return BUILTIN_SUGGESTION
-    family = found.base.model.config.model_type
-    suggested = suggest_profile(family, found.base.layout.count_layers(found.base.model))
+    family = model.config.model_type
+    suggested = suggest_profile(family, find_layout(model).count_layers(model))
     if suggested is None:
         raise InputError(f"profile: expected one for a {family!r} model (--profile FILE), since no values are published for that family")
     return suggested
@@ -299,21 +349,24 @@ def preserve_text(found: Source, path: Path | None) -> str:
     return MAKESHIFT if path is None and found.ref.kind != "builtin" else choose_corpus(found, path)
 
 
-def _load_source(settings: Settings, source: str, revision: str | None) -> Source:
+def _load_source(settings: Settings, source: str, revision: str | None, profile: str | None) -> Source:
     quiet_transformers()
     if source == BUILTIN_NAME:
         with show_progress("training the built-in base") as on_progress:
             folder = ensure_builtin(BUILTIN, settings.cache, lambda done, total, _: on_progress(done, total))
         base = load_base(folder, device=settings.device)
         return Source(BaseRef(kind="builtin", source=BUILTIN.digest, digest=base.digest), folder, base)
+    spread: dict[str, Any] = {"device_map": settings.device_map, "offload": settings.cache / "offload"}
     path = Path(source)
     if path.is_dir():
-        base = load_base(path, device=settings.device)
+        require_room(settings, source, None, profile)
+        base = load_base(path, device=settings.device, **spread)
         return Source(BaseRef(kind="folder", source=str(path.resolve()), digest=base.digest), path, base)
     if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise InputError(f"base: expected '{BUILTIN_NAME}', a model folder or a Hugging Face id, found {source!r}, which is none of them")
     pinned = revision or _pin_revision(source)
-    base = load_base(source, revision=pinned, device=settings.device)
+    require_room(settings, source, pinned, profile)
+    base = load_base(source, revision=pinned, device=settings.device, **spread)
     return Source(BaseRef(kind="hub", source=source, revision=pinned, digest=base.digest), None, base)
 
 

@@ -13,10 +13,11 @@ from errata.editors.base import list_units
 from errata.edits import Edit, canonical_json
 from errata.errors import InputError
 from errata.evaluation.answered import find_answered
-from errata.footprint import Estimate, count_sums, count_weights
+from errata.footprint import Estimate
 from errata.gate import decide, digest_judgement
 from errata.grouping import Regrouping, regroup
 from errata.manifests import Manifest, PairRef
+from errata.plan import count_weights
 from errata.report import Diagnosis, Report
 from errata.rounds import Prepared, PreparedRecord, Round
 from errata.settings import Settings
@@ -27,7 +28,7 @@ from registry.orders import Held, RebaseOrder
 from registry.prepared import forget_pairs, recall_pairs
 from registry.stream import Stream
 from tasks._progress import show_progress
-from tasks._session import Model, load_model, load_named, open_named
+from tasks._session import Model, load_model, load_named, open_named, plan_model
 from tasks._task import stage
 from tasks.committing import commit_once, describe_live, describe_writer, shorten_reasons
 from tasks.editing import digest_preparation, prepare_regrouped, warn_of_overshoot
@@ -193,6 +194,7 @@ def estimate_rebase(settings: Settings, stream: Stream, base: str, profile: str,
         InputError: the stream is there already.
     """
     work = _open_work(settings, stream, _draft_order(settings, stream, base, profile, drop_answered))
+    plan = plan_model(settings, work.model, len(work.edits))
     by_id = {edit.edit_id: edit for edit in work.edits}
     names = recall_pairs(stream, digest_preparation(work.model, None)).keys()
     changed = regroup(work.model.editor, work.model.base, work.edits, [], [])
@@ -210,8 +212,8 @@ def estimate_rebase(settings: Settings, stream: Stream, base: str, profile: str,
         pairs=len(units),
         prepared=len(units) - len(missing) + len(timed),
         seconds=seconds,
-        base_bytes=count_weights(work.model.base),
-        sum_bytes=count_sums(work.model.base, work.model.profile),
+        base_bytes=count_weights(work.model.base.model),
+        sum_bytes=sum(line.bytes for line in plan.lines if line.phase == "solve"),
     )
 
 

@@ -202,6 +202,7 @@ def list_rows(report: WatchReport) -> list[dict[str, str | float | None]]:
     rows: list[dict[str, str | float | None]] = []
     for item in report.layers:
         said = f"×{item.norms.frobenius_ratio or 0:.3f} Frobenius, condition {item.norms.condition or 0:.1e}"
+        said += f", cast {cast.error:.1%} off" if (cast := item.norms.casting) else ""
         rows.append({"what": f"norm of layer {item.layer}", "before": 1.0, "now": item.norms.mean_abs_ratio, "more": said})
     for age in report.ages:
         said = f"{age.retained.edits} edits"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
 from typing import Any
@@ -66,6 +66,8 @@ class Desk:
     moments: Moments
     edits: tuple[Edit, ...]
     batch_tokens: int
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    """What an editor may use of this machine, as `D4S` takes it."""
 
     def try_options(
         self,
@@ -154,7 +156,8 @@ class Desk:
         """One that every other comes from, so that C is factored once per layer."""
         layer = min(self.moments.c)
         options = PrepareOptions(layers=(layer,))
-        return D4S(self._write_profile(options, SolveOptions(lam=1.0, spread="single", moments="")), self.moments, self.base.layout)
+        profile = self._write_profile(options, SolveOptions(lam=1.0, spread="single", moments=""))
+        return D4S(profile, self.moments, self.base.layout, **self.limits)
 
     def _write_profile(self, prepare: PrepareOptions, solve: SolveOptions) -> Profile:
         return Profile(base=self.base.digest, prepare=prepare, solve=solve)

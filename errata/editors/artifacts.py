@@ -50,8 +50,11 @@ def pack_tensors(kind: str, version: int, tensors: Mapping[str, torch.Tensor], m
 
     safetensors writes several metadata entries in random order, which would give one content many digests: all of ours go into one entry.
     """
-    header = json.dumps({"kind": kind, "format": version, **metadata}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return save(dict(sorted(tensors.items())), metadata={"errata": header})
+    return save(dict(sorted(tensors.items())), metadata={"errata": spell_metadata(kind, version, metadata)})
+
+
+def spell_metadata(kind: str, version: int, metadata: Mapping[str, Any]) -> str:
+    return json.dumps({"kind": kind, "format": version, **metadata}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def unpack_tensors(data: bytes, kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -60,14 +63,22 @@ def unpack_tensors(data: bytes, kind: str, version: int) -> tuple[dict[str, torc
     Raises:
         FormatError: not safetensors, not ours, another kind, or a format newer than `version`.
     """
+    metadata = read_metadata(data, kind, version)
+    try:
+        return load(data), metadata
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise FormatError(f"expected safetensors of kind {kind!r}, found bytes that cannot be read as such ({error})") from None
+
+
+def read_metadata(data: bytes, kind: str, version: int) -> dict[str, Any]:
+    """The metadata of `pack_tensors`; of `data` only the beginning, with the header, is read. Raises as `unpack_tensors`."""
     try:
         length = int.from_bytes(data[:8], "little")
         metadata: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["errata"])
-        tensors = load(data)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"expected safetensors of kind {kind!r}, found bytes that cannot be read as such ({error})") from None
     if metadata.get("kind") != kind:
         raise FormatError(f"expected safetensors of kind {kind!r}, found {metadata.get('kind')!r}")
     if metadata.get("format") != version:
         raise FormatError(f"expected {kind} of format {version}, found {metadata.get('format')!r}: written by another Errata")
-    return tensors, metadata
+    return metadata

@@ -1,10 +1,12 @@
 """What an editor is: pairs are prepared once per edit on the base, merged once per batch into an additive state (design §5)."""
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, Self, TypeVar
 
 import torch
 
@@ -25,6 +27,16 @@ class Blobs(Protocol):
     def get(self, digest: str) -> bytes: ...
 
     def put(self, data: bytes) -> str: ...
+
+    def fetch(self, digest: str) -> bytes | Path:
+        """As `get`; large ones as a local file, which is not to be changed."""
+        return self.get(digest)
+
+    def put_from(self, write: Callable[[BinaryIO], object]) -> str:
+        """As `put`, of what `write` writes, however large that is."""
+        with io.BytesIO() as file:
+            write(file)
+            return self.put(file.getvalue())
 
 
 @dataclass(frozen=True)
@@ -174,6 +186,10 @@ class State(Protocol):
 
     def to_bytes(self) -> bytes: ...
 
+    def write(self, file: BinaryIO) -> None:
+        """What `to_bytes` returns, piece by piece."""
+        ...
+
 
 S = TypeVar("S", bound=State)
 
@@ -216,7 +232,9 @@ class Editor(Protocol[S]):
 
     def empty_state(self) -> S: ...
 
-    def load_state(self, data: bytes) -> S: ...
+    def load_state(self, source: bytes | Path) -> S:
+        """From what `State.write` wrote, in memory or in a file, which must stay as long as the state."""
+        ...
 
     def carry_state(self, state: S) -> S | None:
         """A state that was made under another solve part, as it has to be under this one; None where the pairs have to be summed anew.

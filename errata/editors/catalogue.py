@@ -12,8 +12,11 @@ from errata.profiles import Profile
 EDITORS = {"d4s": D4S}
 
 
-def make_editor(name: str, profile: Profile, moments: Moments, layout: ModelLayout) -> Editor[Any]:
+def make_editor(name: str, profile: Profile, moments: Moments, layout: ModelLayout, **limits: Any) -> Editor[Any]:
     """An editor for one base and profile.
+
+    Args:
+        limits: what it may use of this machine, under the names that the editor has for it; results depend on it by rounding at most.
 
     Raises:
         UnknownNameError: no editor of that name.
@@ -21,4 +24,4 @@ def make_editor(name: str, profile: Profile, moments: Moments, layout: ModelLayo
     """
     if name not in EDITORS:
         raise UnknownNameError(f"editor: expected one of {', '.join(EDITORS)}, found {name!r}")
-    return EDITORS[name](profile, moments, layout)
+    return EDITORS[name](profile, moments, layout, **limits)

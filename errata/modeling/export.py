@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from errata.errors import InputError, ModelError, StorageError
 from errata.modeling.loading import Base
+from errata.modeling.offload import list_parameters, read_parameter
 from errata.modeling.patch import Artifact, attach
 
 NOTE_FILE = "errata.json"
@@ -65,7 +66,7 @@ def _compare(base: Base, folder: Path) -> None:
     """Every parameter of the model, read back tensor by tensor. Tied ones are stored under one of their names, and some families store a
     weight under a name of old (GPT-NeoX's head is `embed_out`)."""
     wanted: dict[str, torch.Tensor] = base.model.state_dict()
-    stored: set[int] = set()
+    stored: set[int | str] = set()
     renamed: list[torch.Tensor] = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -74,15 +75,24 @@ def _compare(base: Base, folder: Path) -> None:
                     if name not in wanted:
                         renamed.append(file.get_tensor(name))
                         continue
-                    if not torch.equal(file.get_tensor(name), wanted[name].cpu()):
+                    if not torch.equal(file.get_tensor(name), _read(base, name, wanted[name])):
                         raise ModelError(f"export: expected {name} in {path.name} as it is in memory, found it otherwise")
-                    stored.add(wanted[name].data_ptr())
+                    stored.add(_identify(name, wanted[name]))
         except SafetensorError as error:
             raise ModelError(f"export: expected {path} to be safetensors ({error})") from error
     missing = [
         name
-        for name, weight in base.model.named_parameters()
-        if weight.data_ptr() not in stored and not any(torch.equal(tensor, weight.cpu()) for tensor in renamed)
+        for name, weight in ((name, base.model.get_parameter(name)) for name in list_parameters(base.model))
+        if _identify(name, weight) not in stored and not any(torch.equal(tensor, _read(base, name, weight)) for tensor in renamed)
     ]
     if missing:
         raise ModelError(f"export: expected every weight in {folder}, found none of {', '.join(missing[:3])}")
+
+
+def _read(base: Base, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu() if tensor.device.type != "meta" else read_parameter(base.model, name)
+
+
+def _identify(name: str, tensor: torch.Tensor) -> int | str:
+    """Where it lies, so that tied tensors are one; one that is offloaded lies nowhere, and is known by its name."""
+    return tensor.data_ptr() if tensor.device.type != "meta" else name

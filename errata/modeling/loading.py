@@ -4,12 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from errata.errors import BaseMismatchError, ModelError
 from errata.modeling.layout import ModelLayout, find_layout
+from errata.modeling.offload import DeviceMap, find_device, list_free, list_parameters, read_parameter, spread_blocks
 
 _BEHAVIOUR = (
     *("model_type", "num_attention_heads", "num_key_value_heads", "n_head", "activation_function", "hidden_act"),
@@ -33,7 +35,7 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
-        return next(self.model.get_input_embeddings().parameters()).device
+        return find_device(self.model.get_input_embeddings())
 
     @property
     def context(self) -> int:
@@ -67,13 +69,25 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_base(source: str | Path, *, revision: str | None = None, device: str = "auto", expect: str | None = None) -> Base:
+def load_base(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    expect: str | None = None,
+    device_map: Literal["auto"] | DeviceMap | None = None,
+    offload: Path | None = None,
+) -> Base:
     """Load a base model from a folder or a Hugging Face id, in the dtype it is stored in.
 
     Args:
         source: folder with config.json, *.safetensors and a fast tokenizer, or a hub id.
         revision: pinned revision of a hub id.
+        device: where it computes.
         expect: digest the base must have.
+        device_map: module → device, `cpu` or `disk`, for a model larger than its device; `auto` fills the device, then main memory.
+            Blocks that are elsewhere are moved in one by one, at every pass.
+        offload: folder for blocks whose stored files cannot be read in place.
 
     Raises:
         ModelError: nothing loadable there.
@@ -83,12 +97,42 @@ def load_base(source: str | Path, *, revision: str | None = None, device: str = 
     target = choose_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype="auto", use_safetensors=True)
+        options: dict[str, Any] = {"revision": revision, "dtype": "auto", "use_safetensors": True}
+        if device_map == "auto":
+            device_map = spread_blocks(sketch_model(source, revision), target, list_free(target))
+        if device_map is not None:
+            options |= {"device_map": device_map, "offload_folder": offload}
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"base: expected a Hugging Face causal language model at {str(source)!r}, could not load it: {reason}") from None
-    torch.nn.Module.to(model, target)
+    if device_map is None:
+        torch.nn.Module.to(model, target)
     return hold_base(model, tokenizer, expect=expect)
+
+
+def sketch_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """A model without its weights, on the meta device, from its configuration alone.
+
+    Args:
+        source: a model folder, a config.json, or a Hugging Face id.
+
+    Raises:
+        ModelError: no configuration of a causal language model there.
+    """
+    try:
+        return sketch_config(AutoConfig.from_pretrained(source, revision=revision))
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"base: expected a Hugging Face causal language model at {str(source)!r}, could not read it: {reason}") from None
+
+
+def sketch_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """As `sketch_model`, in the dtype that the configuration names, else float32."""
+    dtype = getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
 
 
 def hold_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, expect: str | None = None) -> Base:
@@ -120,7 +164,8 @@ def digest_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     digest.update(json.dumps(tokenizer(_SAMPLE).input_ids).encode())
     frequencies = {name: buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq")}
     digest.update(json.dumps({name: [f"{value:.6g}" for value in buffer.tolist()] for name, buffer in frequencies.items()}).encode())
-    for name, parameter in sorted(model.named_parameters()):
+    for name in sorted(list_parameters(model)):
+        parameter = read_parameter(model, name)
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
-        digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+        digest.update(parameter.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()

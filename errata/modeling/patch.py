@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from errata.errors import BaseMismatchError, EditorError
 from errata.modeling.loading import Base
+from errata.modeling.offload import read_parameter, restore_parameter, swap_parameter
 
 _EDITED = "_errata_edited"
 """Attribute of the model itself, so that all views of one model agree: names of the weights that carry a delta now."""
@@ -61,24 +62,29 @@ def add_deltas(base: Base, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]
     if taken := edited.intersection(deltas):
         raise BaseMismatchError(f"{sorted(taken)[0]} carries a delta already; a delta holds all edits and is added to the base once")
     totals = {name: _add(base, name, delta) for name, delta in deltas.items()}
-    originals = {name: base.model.get_parameter(name).data for name in totals}
+    originals: dict[str, Any] = {}
     edited.update(totals)
     try:
         for name, weight in totals.items():
-            base.model.get_parameter(name).data = weight
+            originals[name] = swap_parameter(base.model, name, weight)
         yield
     finally:
-        for name, weight in originals.items():
-            base.model.get_parameter(name).data = weight
+        for name, original in originals.items():
+            restore_parameter(base.model, name, original)
         edited.difference_update(totals)
 
 
+def add_once(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """W0 + Δ in float64, cast once to the weight's dtype."""
+    return (weight.double() + change.double()).to(weight.dtype)
+
+
 def _add(base: Base, name: str, delta: torch.Tensor) -> torch.Tensor:
-    weight = base.model.get_parameter(name).data
+    weight = read_parameter(base.model, name)
     oriented = base.layout.orient(delta.to(weight.device))
     if oriented.shape != weight.shape:
         raise BaseMismatchError(f"{name}: expected a delta of shape {list(weight.shape)}, found {list(oriented.shape)}")
-    total = (weight.double() + oriented.double()).to(weight.dtype)
+    total = add_once(weight, oriented)
     if not torch.isfinite(total).all():
         raise EditorError(f"{name}: W0 + Δ is not finite in {weight.dtype}")
     return total.contiguous()

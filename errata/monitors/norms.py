@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from errata.modeling.loading import Base
-from errata.report import WeightNorms
+from errata.modeling.offload import read_parameter
+from errata.modeling.patch import add_once
+from errata.report import Casting, WeightNorms
 
 _TOLERANCE = 1e-6
 _MAX_ITERATIONS = 300
@@ -36,7 +38,8 @@ def measure_norms(base: Base, deltas: Mapping[str, torch.Tensor], conditions: Ma
     """
     measured = []
     for name, delta in sorted(deltas.items()):
-        weight = base.model.get_parameter(name).detach().float()
+        stored = read_parameter(base.model, name)
+        weight = stored.float()
         change = base.layout.orient(delta).to(weight.device, torch.float32)
         edited = weight + change
         spectral = spectral_norm(change)
@@ -49,9 +52,25 @@ def measure_norms(base: Base, deltas: Mapping[str, torch.Tensor], conditions: Ma
                 spectral=_ratio(spectral, 1.0),
                 spectral_ratio=_ratio(spectral, spectral_norm(weight)),
                 condition=condition if condition is not None and math.isfinite(condition) else None,
+                casting=measure_casting(stored, change),
             )
         )
     return tuple(measured)
+
+
+def measure_casting(weight: torch.Tensor, change: torch.Tensor) -> Casting | None:
+    """What a weight of fewer bits loses of a float32 change of its own shape; None where the weight has as many, where there is no
+    change, or where the sum is not finite."""
+    written = change != 0
+    if weight.element_size() >= change.element_size() or not written.any():
+        return None
+    total = add_once(weight, change)
+    norm = change.double().norm().item()
+    error = ((total.double() - weight.double()) - change.double()).norm().item() / norm
+    if not math.isfinite(error):
+        return None
+    entries = int(written.sum())
+    return Casting(error=error, lost=int((written & (total == weight)).sum()) / entries, norm=norm, entries=entries)
 
 
 def spectral_norm(matrix: torch.Tensor) -> float:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from errata.errors import InputError, KeyExistsError, StorageError, UnsafeStorageError
 
@@ -54,6 +55,24 @@ class Storage(Protocol):
         Raises:
             KeyExistsError: there is a value already; it is left alone.
             StorageError: not stored (no space, no permission, unreachable).
+        """
+        ...
+
+    def create_from(self, key: str, file: BinaryIO) -> None:
+        """As `create`, of a value that need not fit in memory: all of `file`, which can seek and is not
+        used again. For values that their key tells: where
+        several requests are needed (S3 above 5 GB), two writers may both believe that they created it.
+
+        Raises:
+            KeyExistsError, StorageError: as `create`.
+        """
+        ...
+
+    def fetch_file(self, key: str, draft: Path) -> Path:
+        """A local file that holds the value: the storage's own, not to be changed, else `draft`, written now.
+
+        Raises:
+            KeyMissingError, StorageError: as `read`.
         """
         ...
 

@@ -6,16 +6,21 @@ is atomic and fails when the name is taken, also between processes. Hidden names
 
 import contextlib
 import errno
+import io
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from errata.errors import KeyExistsError, KeyMissingError, StorageError, UnsafeStorageError
 from registry.storage.base import Entry, check_key, is_hidden
 
 _READ_ONLY = 0o444
+_PIECE = 2**20
+"""Bytes copied at once."""
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 
 
@@ -36,21 +41,30 @@ class LocalStorage:
             raise StorageError(f"expected to read {path}: {error.strerror}") from error
 
     def create(self, key: str, data: bytes) -> None:
+        self.create_from(key, io.BytesIO(data))
+
+    def create_from(self, key: str, file: BinaryIO) -> None:
         path = self._path(key)
         if path.exists():
             raise KeyExistsError(f"expected no file {path}, found one")
-        temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+        temporary, size = path.parent / f".{uuid.uuid4().hex}.tmp", file.seek(0, io.SEEK_END)
         try:
             self._make_folder(path.parent)
             try:
-                self._write(temporary, data)
+                self._write(temporary, file)
                 self._link(temporary, path)
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     temporary.unlink()
             self._flush_folder(path.parent)
         except OSError as error:
-            raise StorageError(f"expected to store {len(data)} bytes as {path}: {error.strerror}") from error
+            raise StorageError(f"expected to store {size} bytes as {path}: {error.strerror}") from error
+
+    def fetch_file(self, key: str, draft: Path) -> Path:
+        path = self._path(key)
+        if not path.is_file():
+            raise KeyMissingError(f"expected a file {path}, found none")
+        return path
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -120,9 +134,10 @@ class LocalStorage:
         folder.mkdir(exist_ok=True)
         self._flush_folder(folder.parent)
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, source: BinaryIO) -> None:
+        source.seek(0)
         with path.open("xb") as file:
-            file.write(data)
+            shutil.copyfileobj(source, file, _PIECE)
             file.flush()
             # Some mounted file systems know no permissions; read-only is a guard against accidents, not a promise.
             with contextlib.suppress(PermissionError):

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 from errata.errors import KeyExistsError, KeyMissingError
 from registry.storage.base import MEMORY_SCHEME, Entry, check_key
@@ -28,6 +30,14 @@ class MemoryStorage:
             if key in self._values:
                 raise KeyExistsError(f"{self.url}: expected no value under {key!r}, found one")
             self._values[key] = bytes(data), datetime.now(UTC)
+
+    def create_from(self, key: str, file: BinaryIO) -> None:
+        file.seek(0)
+        self.create(key, file.read())
+
+    def fetch_file(self, key: str, draft: Path) -> Path:
+        draft.write_bytes(self.read(key))
+        return draft
 
     def delete(self, key: str) -> None:
         check_key(key)

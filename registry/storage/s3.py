@@ -4,13 +4,16 @@ Endpoint, region and credentials come from the environment as usual (`AWS_ENDPOI
 `AWS_ACCESS_KEY_ID`, profiles, instance roles).
 """
 
+import io
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 _ATTEMPTS = 5
 _PAUSE = 0.1
 """Seconds before the first repetition of a create that met another one in flight; doubled each time."""
+_ONE_REQUEST = 5 * 10**9
+"""Bytes that one request may carry, a little less than S3 allows."""
 _MISSING = {"NoSuchKey", "404", "NotFound"}
 _TAKEN = {"PreconditionFailed", "412"}
 _IN_FLIGHT = {"ConditionalRequestConflict", "OperationAborted", "409"}
@@ -56,10 +61,37 @@ class S3Storage:
     def create(self, key: str, data: bytes) -> None:
         """As promised by the protocol. botocore repeats a request that met a 500, 503 or a lost connection; if the first one had
         landed, the repetition is refused with 412 like anyone else's."""
+        self._put(key, lambda: data)
+
+    def create_from(self, key: str, file: BinaryIO) -> None:
+        def rewind() -> BinaryIO:
+            file.seek(0)
+            return file
+
+        if file.seek(0, io.SEEK_END) <= _ONE_REQUEST:
+            self._put(key, rewind)
+            return
+        if self.exists(key):
+            raise KeyExistsError(f"{self.url}: expected no object {key!r}, found one")
+        try:
+            self._client.upload_fileobj(rewind(), self._bucket, self._name(key))
+        except (ClientError, BotoCoreError, Boto3Error) as error:
+            raise self._fault("create", key, error) from error
+
+    def fetch_file(self, key: str, draft: Path) -> Path:
+        try:
+            self._client.download_file(self._bucket, self._name(key), str(draft))
+        except (ClientError, BotoCoreError, Boto3Error) as error:
+            if _code(error) in _MISSING:
+                raise KeyMissingError(f"{self.url}: expected an object {key!r}, found none") from None
+            raise self._fault("read", key, error) from error
+        return draft
+
+    def _put(self, key: str, body: Callable[[], bytes | BinaryIO]) -> None:
         name, pause = self._name(key), _PAUSE
         for attempt in range(_ATTEMPTS):
             try:
-                self._client.put_object(Bucket=self._bucket, Key=name, Body=data, IfNoneMatch="*")
+                self._client.put_object(Bucket=self._bucket, Key=name, Body=body(), IfNoneMatch="*")
                 return
             except (ClientError, BotoCoreError) as error:
                 # 409 says that another conditional write of this key was under way, not who won: look, and try again if nobody did.
@@ -131,7 +163,7 @@ class S3Storage:
     def _name(self, key: str) -> str:
         return self._prefix + check_key(key)
 
-    def _fault(self, verb: str, key: str, error: ClientError | BotoCoreError) -> StorageError:
+    def _fault(self, verb: str, key: str, error: ClientError | BotoCoreError | Boto3Error) -> StorageError:
         return StorageError(f"{self.url}: expected to {verb} {key!r}: {error}")
 
 
@@ -148,5 +180,5 @@ def _connect() -> "S3Client":
         raise StorageError(f"S3: expected a usable AWS_* configuration: {error}") from error
 
 
-def _code(error: ClientError | BotoCoreError) -> str:
+def _code(error: ClientError | BotoCoreError | Boto3Error) -> str:
     return error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""

@@ -199,3 +199,27 @@ def test_what_dead_writers_left_is_swept_and_nothing_else(storage: Storage, tmp_
     assert storage.sweep(datetime.now(UTC) - timedelta(hours=1)) == 0, "it may belong to somebody at work"
     assert storage.sweep(datetime.now(UTC) + timedelta(hours=1)) == int(local)
     assert not left.exists() and storage.read("streams/a/objects/x") == b"whole"
+
+
+def test_a_value_comes_from_a_file_and_goes_to_one(storage: Storage, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("w+b") as file:
+        file.write(b"many bytes")
+        storage.create_from("large", file)
+        with pytest.raises(KeyExistsError):
+            storage.create_from("large", file)
+    assert storage.read("large") == b"many bytes"
+    draft = tmp_path / "draft"
+    place = storage.fetch_file("large", draft)
+    assert place.read_bytes() == b"many bytes" and (place == draft) == draft.exists()
+    with pytest.raises(KeyMissingError):
+        storage.fetch_file("none", draft)
+
+
+def test_a_value_that_takes_several_requests_is_whole(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("registry.storage.s3._ONE_REQUEST", 4)
+    (tmp_path / "large").write_bytes(b"many bytes")
+    with (tmp_path / "large").open("rb") as file:
+        storage.create_from("larger", file)
+    with (tmp_path / "large").open("rb") as file, pytest.raises(KeyExistsError):
+        storage.create_from("larger", file)
+    assert storage.read("larger") == b"many bytes"

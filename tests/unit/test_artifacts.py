@@ -23,7 +23,7 @@ STORED = {
     "weight_delta": (DELTA.to_bytes(), load_artifact),
     "pairs": (PAIRS.to_bytes(), Pairs.from_bytes),
     "moments": (MOMENTS.to_bytes(), Moments.from_bytes),
-    "d4s_state": (D4SState.empty("b" * 64, "p" * 64).add(PAIRS).to_bytes(), D4SState.from_bytes),
+    "d4s_state": (D4SState.empty("b" * 64, "p" * 64).add(PAIRS).to_bytes(), D4SState.load),
 }
 
 
@@ -52,9 +52,9 @@ def test_states_from_before_there_were_cross_moments_keep_their_name() -> None:
     """Of integers, so that no machine rounds them."""
     data, _ = STORED["d4s_state"]
     assert hashlib.sha256(data).hexdigest() == "cfa8fabac06c3ddcad56df6e137bb17b8d1b7c4f55ef7378061b3999d05d2e94"
-    assert not D4SState.from_bytes(data).kx
+    assert not D4SState.load(data).kx
     crossed = D4SState.empty("b" * 64, "p" * 64).add(PAIRS, crossed=True)
-    assert torch.equal(D4SState.from_bytes(crossed.to_bytes()).kx[1, 3], KEYS[1].double().T @ KEYS[3].double())
+    assert torch.equal(D4SState.load(crossed.to_bytes()).kx[1, 3], KEYS[1].double().T @ KEYS[3].double())
 
 
 def test_equal_contents_are_equal_bytes_however_they_were_made() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from errata.candidates import StoredPair, build_candidate, load_artifacts, load_state, name_pair, prepare_batch, read_pairs, start_manifest
+from errata.editors import base
 from errata.editors.catalogue import make_editor
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments, collect_moments
@@ -21,7 +22,7 @@ CHUNK = 8
 """Edits that `prepare_batch` stores at once, here."""
 
 
-class Blobs:
+class Blobs(base.Blobs):
     def __init__(self) -> None:
         self.data: dict[str, bytes] = {}
 

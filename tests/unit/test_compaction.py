@@ -9,6 +9,7 @@ import torch
 
 from errata.candidates import build_candidate, load_state, restart_state, start_manifest
 from errata.compaction import compact_state
+from errata.editors import base
 from errata.editors.base import Pairs
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments
@@ -25,7 +26,7 @@ WIDTH, OUT, LAYER = 48, 12, 1
 PREPARE = PrepareOptions(layers=(LAYER,))
 
 
-class Blobs:
+class Blobs(base.Blobs):
     """Objects in memory; counts what is read."""
 
     def __init__(self) -> None:

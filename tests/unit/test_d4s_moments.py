@@ -27,7 +27,7 @@ def test_they_are_the_mean_over_real_tokens(base: Base, monkeypatch: pytest.Monk
             base.model(input_ids=torch.tensor([encode_prompt(base.tokenizer, text)[: base.context]]))
         for layer, inputs in found.items():
             keys[layer].append(inputs)
-    monkeypatch.setattr("errata.editors.d4s.moments._BATCH_TOKENS", 60)
+    monkeypatch.setattr("errata.editors.d4s.moments.BATCH_TOKENS", 60)
     moments = collect_moments(base, [0, 2], TEXTS)
     for layer, parts in keys.items():
         every = torch.cat(parts)
@@ -45,7 +45,7 @@ def test_equal_recipes_are_equal_bytes_and_others_are_not(tiny_gpt2: Base) -> No
 
 
 def test_counting_stops_at_the_limit(tiny_gpt2: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("errata.editors.d4s.moments._BATCH_TOKENS", 30)
+    monkeypatch.setattr("errata.editors.d4s.moments.BATCH_TOKENS", 30)
     seen: list[tuple[int, int]] = []
     whole = collect_moments(tiny_gpt2, [1], TEXTS * 5)
     part = collect_moments(tiny_gpt2, [1], TEXTS * 5, max_tokens=40, on_progress=lambda done, total: seen.append((done, total)))

@@ -179,15 +179,16 @@ def test_the_base_is_left_alone(base: Base) -> None:
     assert all(weight.grad is None for weight in base.model.parameters())
 
 
-def test_the_editor_prepares_in_chunks_and_refuses_one_by_one(tiny_gpt2: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_editor_prepares_in_chunks_and_refuses_one_by_one(tiny_gpt2: Base) -> None:
     base = tiny_gpt2
     options = PrepareOptions(layers=(1,), contexts=CONTEXTS, steps=4)
     profile = Profile(base=base.digest, prepare=options, solve=SolveOptions(lam=10, spread="single", moments="m"))
     width = base.layout.read_weight(base.model, 1).shape[1]
-    d4s = editor.D4S(profile, Moments(base.digest, "c", 0, 1, {1: torch.eye(width)}), base.layout)
+    moments = Moments(base.digest, "c", 0, 1, {1: torch.eye(width)})
+    d4s = editor.D4S(profile, moments, base.layout)
     too_long = Edit(id="too-long", subject="Hugo Lindt", prompt="word " * 90 + "{} is", target_new="green")
     whole = d4s.prepare(base, EDITS)
-    monkeypatch.setattr(editor, "_CHUNK_TOKENS", 150)
+    d4s = editor.D4S(profile, moments, base.layout, chunk_tokens=150)
     seen: list[tuple[int, int]] = []
     parts = d4s.prepare(base, (*EDITS[:2], too_long, *EDITS[2:]), lambda done, total: seen.append((done, total)))
     assert len(seen) > 1 and seen[-1] == (len(EDITS), len(EDITS))

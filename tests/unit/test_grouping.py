@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from errata.candidates import name_pair, prepare_batch
+from errata.editors import base
 from errata.editors.base import list_units
 from errata.editors.catalogue import make_editor
 from errata.editors.d4s import groups
@@ -181,7 +182,7 @@ def test_a_stored_joint_pair_is_used_again(editable: Base, editable_options: Pre
     data: dict[str, bytes] = {}
     names: list[dict[str, Sequence[float]]] = []
 
-    class Blobs:
+    class Blobs(base.Blobs):
         def get(self, digest: str) -> bytes:
             return data[digest]
 

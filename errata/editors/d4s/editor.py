@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -31,7 +32,7 @@ from errata.modeling.loading import Base
 from errata.modeling.patch import attach, require_untouched
 from errata.profiles import Profile
 
-_CHUNK_TOKENS = 4_096
+CHUNK_TOKENS = 4_096
 """Padded tokens optimised side by side. Bounds the memory of one step, while matrix products are already as wide as they need to be."""
 _UNCROSSED = "state: expected the cross moments that spread 'refresh' needs, found sums without them: the pairs have to be summed anew"
 
@@ -52,8 +53,22 @@ class D4S:
     name = "d4s"
     version = "1"
 
-    def __init__(self, profile: Profile, moments: Moments, layout: ModelLayout) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        moments: Moments,
+        layout: ModelLayout,
+        *,
+        scratch: Path | None = None,
+        hoards: bool = True,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
         """
+        Args:
+            scratch: folder for sums that are too large for memory; None is the system's place for temporary files.
+            chunk_tokens: padded tokens of edits that are optimised side by side.
+            hoards: whether factors of all layers are kept until they are wanted again, d_in² float64 each, or one at a time.
+
         Raises:
             BaseMismatchError: the moments are of another base.
             EditorError: an edited layer has no moments.
@@ -64,6 +79,7 @@ class D4S:
         if missing:
             raise EditorError(f"second moments: expected layers {list(profile.prepare.layers)}, found none for {sorted(missing)}")
         self._profile, self._moments, self._layout = profile, moments, layout
+        self._scratch, self._hoards, self._chunk_tokens = scratch, hoards, chunk_tokens
         # Layer → factor of C, made when first wanted: C never changes.
         self._factors: dict[int, torch.Tensor] = {}
         # The last state solved and its systems: `measure_fits` asks about the state that `solve` has just factored.
@@ -80,15 +96,14 @@ class D4S:
 
     def change(self, profile: Profile) -> Self:
         """An editor of another profile of the same base and second moments. Factors of C, which no profile changes, are shared."""
-        other = type(self)(profile, self._moments, self._layout)
+        limits: dict[str, Any] = {"scratch": self._scratch, "hoards": self._hoards, "chunk_tokens": self._chunk_tokens}
+        other = type(self)(profile, self._moments, self._layout, **limits)
         other._factors = self._factors
         return other
 
     def find_lambda(self, pairs: Pairs, fit: float) -> float:
         """The λ at which the median ρ of pairs that are alone in the model would be `fit` under the spread `even`; to three digits."""
-        for layer in pairs.keys:
-            self._factor(layer)
-        return solve_for_fit(pairs.keys, self._factors, fit)
+        return solve_for_fit(pairs.keys, self._factor, fit)
 
     def find_groups(self, base: Base, edits: Sequence[Edit]) -> list[tuple[str, ...]]:
         """See `Editor.find_groups`: edits of one subject whose bare keys are nearly equal.
@@ -130,7 +145,7 @@ class D4S:
         parts: list[Pairs] = []
         notes: dict[str, Preparation] = {}
         done = 0
-        for chunk in _chunk(rows, list_units(rows, groups)):
+        for chunk in _chunk(rows, list_units(rows, groups), self._chunk_tokens):
             chosen = [[rows[edit_id] for edit_id in unit] for unit in chunk]
             reading = read_base(base, chosen, options.layers)
             residuals, measured = optimise_targets(base, chosen, reading, options)
@@ -156,7 +171,7 @@ class D4S:
         """The pairs with the keys of each layer above the first read on the base with the layers below solved for all that is live and for
         these (nlpkeg/D4S `memit_main.py`; algorithms.md §1.1). The weights of a layer depend on keys up to it alone, so bottom-up each has
         what it needs; keys further up are still those of the base, and are not looked at."""
-        units = _chunk(rows, pairs.owners)
+        units = _chunk(rows, pairs.owners, self._chunk_tokens)
         below: dict[int, torch.Tensor] = {}
         for lower, layer in pairwise(self._profile.prepare.layers):
             below[lower] = self._solve_layer(self.merge(state, pairs, None), lower, below)
@@ -169,14 +184,14 @@ class D4S:
     def empty_state(self) -> D4SState:
         return D4SState.empty(self._profile.base, self._profile.prepare.digest)
 
-    def load_state(self, data: bytes) -> D4SState:
+    def load_state(self, source: bytes | Path) -> D4SState:
         """
         Raises:
             FormatError: not a state.
             BaseMismatchError: a state of another base or other prepare options.
             EditorError: sums without the cross moments that this spread needs; the pairs have to be summed anew.
         """
-        state = self.carry_state(D4SState.from_bytes(data))
+        state = self.carry_state(D4SState.load(source))
         if state is None:
             raise EditorError(_UNCROSSED)
         return state
@@ -194,7 +209,7 @@ class D4S:
             state = state.remove(remove)
         if add is not None and len(add):
             state = state.add(add, self._refreshes)
-        return state
+        return state.settle(self._scratch)
 
     def solve(self, state: D4SState) -> WeightDelta | None:
         """See `Editor.solve`. Raises EditorError: the system is singular, or its solution is not finite."""
@@ -301,6 +316,8 @@ class D4S:
         systems = self._formed[1]
         if layer in systems:
             return systems[layer]
+        if not self._hoards:
+            systems.clear()
         try:
             if state.pairs is None:
                 systems[layer] = SumSystem.form(state.kk[layer], c, lam)
@@ -313,19 +330,21 @@ class D4S:
     def _factor(self, layer: int) -> torch.Tensor:
         """Cholesky factor of one layer's C. Raises EditorError: C is not positive definite."""
         if layer not in self._factors:
+            if not self._hoards:
+                self._factors.clear()
             self._factors[layer] = factor_moments(self._moments.c[layer])
         return self._factors[layer]
 
 
-def _chunk(rows: Mapping[str, EditRows], units: Iterable[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
-    """Units in their order, cut so that a chunk's padded tokens stay below `_CHUNK_TOKENS`."""
+def _chunk(rows: Mapping[str, EditRows], units: Iterable[tuple[str, ...]], tokens: int) -> list[list[tuple[str, ...]]]:
+    """Units in their order, cut so that a chunk's padded tokens stay below `tokens`."""
     chunks: list[list[tuple[str, ...]]] = []
     longest, count = 0, 0
     for unit in units:
         wide = max(len(row.ids) for edit_id in unit for row in rows[edit_id].contexts)
         more = sum(len(rows[edit_id].contexts) for edit_id in unit) + 1
         longest, count = max(longest, wide), count + more
-        if not chunks or longest * count > _CHUNK_TOKENS:
+        if not chunks or longest * count > tokens:
             chunks.append([])
             longest, count = wide, more
         chunks[-1].append(unit)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from errata.editors.artifacts import pack_tensors, unpack_tensors
 from errata.editors.base import Progress
 from errata.editors.d4s.spectrum import LayerSpectrum, MomentsReport, measure_rank
+from errata.editors.stored import Lazy, TensorFile
 from errata.edits import canonical_json, digest_of
 from errata.errors import EditorError
 from errata.modeling.loading import Base
@@ -23,7 +25,8 @@ from errata.modeling.tokens import encode_prompts, find_pad, pad_rows
 from errata.modeling.trace import visit_inputs
 
 _FORMAT = 1
-_BATCH_TOKENS = 8_192
+BATCH_TOKENS = 8_192
+"""Padded tokens of one pass."""
 _ENCODED = 64
 """Passages that are tokenised at once."""
 
@@ -54,6 +57,19 @@ class Moments:
         """Raises FormatError: not moments of this format."""
         tensors, metadata = unpack_tensors(data, "moments", _FORMAT)
         c = {int(name.removeprefix("c.")): tensor for name, tensor in tensors.items()}
+        return cls._read(metadata, c)
+
+    @classmethod
+    def load(cls, source: bytes | Path) -> Self:
+        """From bytes, or from a file, where C of each layer stays until it is asked for. Raises FormatError: not moments of this format."""
+        if isinstance(source, bytes):
+            return cls.from_bytes(source)
+        file = TensorFile(source, "moments", _FORMAT)
+        c = Lazy({int(name.removeprefix("c.")): shape for name, shape in file.shapes.items()}, lambda layer: file[f"c.{layer}"])
+        return cls._read(file.metadata, c)
+
+    @classmethod
+    def _read(cls, metadata: dict[str, Any], c: Mapping[int, torch.Tensor]) -> Self:
         report = MomentsReport.model_validate(metadata["report"]) if "report" in metadata else None
         return cls(metadata["base"], metadata["corpus"], metadata["seed"], metadata["tokens"], c, report)
 
@@ -233,12 +249,12 @@ def _cut(rows: Iterable[Sequence[int]], limit: int | None) -> Iterator[Sequence[
 
 
 def _chunk(rows: Iterable[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Rows in their order, cut into batches of at most `_BATCH_TOKENS` padded tokens."""
+    """Rows in their order, cut into batches of at most `BATCH_TOKENS` padded tokens."""
     chunk: list[Sequence[int]] = []
     longest = 0
     for row in rows:
         longest = max(longest, len(row))
-        if chunk and longest * (len(chunk) + 1) > _BATCH_TOKENS:
+        if chunk and longest * (len(chunk) + 1) > BATCH_TOKENS:
             yield chunk
             chunk, longest = [], len(row)
         chunk.append(row)

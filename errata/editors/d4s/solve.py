@@ -87,7 +87,8 @@ class SumSystem:
     @classmethod
     def form(cls, kk: torch.Tensor, c: torch.Tensor, lam: float) -> Self:
         """Args: kk [d_in, d_in] float64; c the second moment [d_in, d_in]."""
-        return cls(_factor(torch.add(kk, _regularise(c), alpha=lam), "λC + kk"))
+        system = _regularise(c)
+        return cls(_factor(torch.add(kk, system, alpha=lam, out=system), "λC + kk"))
 
     def solve(self, rk: torch.Tensor) -> torch.Tensor:
         """ΔW [d_out, d_in] float64 from rk [d_out, d_in]."""

@@ -5,18 +5,24 @@ the bit, whatever the order and the batches. Sums have a size that does not depe
 
 A spread that refreshes the residual between layers needs to know what a lower layer does to a key's residual: `Σ X_m k_m k_lᵀ`, which is
 X_m times a sum over pairs again. These cross moments are kept beside the sums where they are wanted, and nowhere else.
+
+The sums of a 7B model take 1.3 GB a layer. Large ones are never in memory as a whole: see `HELD`.
 """
 
+import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
-from typing import Self
+from pathlib import Path
+from typing import BinaryIO, Self
 
 import torch
 
 from errata.editors.artifacts import pack_tensors, unpack_tensors
 from errata.editors.base import Pairs
+from errata.editors.stored import Entry, Lazy, TensorFile, list_shapes, spill_doubles, write_doubles
 from errata.errors import EditorError
 
 _FORMAT = 1
@@ -24,6 +30,9 @@ _STRIP = 512
 """Rows per stored strip of the upper triangle of kk."""
 _FEW = 4
 """Pairs are kept while their number is at most the narrowest d_in divided by this: about where solving by sums becomes as fast."""
+HELD = 2**28
+"""Bytes of sums that are kept in memory. Larger ones are made when they are read, layer by layer, from a file and the pairs since; to the
+bit the same, as the same sums are formed in the same order."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class D4SState:
     """Layer → [d_in, d_in] float64, symmetric; empty before."""
     kx: Mapping[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     """(m, l) with m < l → [d_in of m, d_in of l] float64: cross moments, of all edited layers or of none; empty before."""
+    waiting: int = 0
+    """Bytes of the pairs that large sums hold on to until they are read."""
 
     @property
     def crossed(self) -> bool:
@@ -64,8 +75,8 @@ class D4SState:
             return self._combine(pairs, 1, crossed=bool(self.kx))
         every = _order(pairs if self.pairs is None else Pairs.concatenate([self.pairs, pairs]))
         state = type(self)(self.base, self.prepare, len(every), every, {}, {})
-        few = min(keys.shape[1] for keys in every.keys.values()) // _FEW
-        return state if len(every) <= few else self.empty(self.base, self.prepare)._combine(every, 1, crossed=crossed)
+        few = keeps_pairs(len(every), [keys.shape[1] for keys in every.keys.values()])
+        return state if few else self.empty(self.base, self.prepare)._combine(every, 1, crossed=crossed)
 
     def remove(self, pairs: Pairs) -> Self:
         """Take back pairs that were added before. A count of 0 is the empty state itself, not rounding dust.
@@ -119,46 +130,130 @@ class D4SState:
         return self.pairs.keys[layer].double().T @ (self.pairs.keys[lower].double() @ columns)
 
     def _combine(self, pairs: Pairs, sign: int, *, crossed: bool) -> Self:
-        """Sums with pairs added or subtracted."""
+        """Sums with pairs added or subtracted; where they are large, not until they are read."""
         count = self.count + sign * len(pairs)
         if count == 0:
             return self.empty(self.base, self.prepare)
-        residuals = pairs.residuals.double()
-        rk, kk, kx = dict(self.rk), dict(self.kk), dict(self.kx)
-        for layer, stored in pairs.keys.items():
-            keys = stored.double()
-            rk[layer] = _accumulate(self.rk.get(layer), residuals, keys, sign)
-            kk[layer] = _accumulate(self.kk.get(layer), keys, keys, sign)
-        for lower, layer in combinations(sorted(pairs.keys), 2) if crossed else ():
-            left, right = pairs.keys[lower].double(), pairs.keys[layer].double()
-            kx[lower, layer] = _accumulate(self.kx.get((lower, layer)), left, right, sign)
-        return type(self)(self.base, self.prepare, count, None, rk, kk, kx)
+        d_out, widths = pairs.residuals.shape[1], {layer: keys.shape[1] for layer, keys in pairs.keys.items()}
+
+        def read_rk(layer: int) -> torch.Tensor:
+            return _accumulate(self.rk.get(layer), pairs.residuals.double(), pairs.keys[layer].double(), sign)
+
+        def read_kk(layer: int) -> torch.Tensor:
+            keys = pairs.keys[layer].double()
+            return _accumulate(self.kk.get(layer), keys, keys, sign)
+
+        def read_kx(both: tuple[int, int]) -> torch.Tensor:
+            left, right = (pairs.keys[layer].double() for layer in both)
+            return _accumulate(self.kx.get(both), left, right, sign)
+
+        crosses = {both: [widths[layer] for layer in both] for both in combinations(sorted(widths), 2)} if crossed else {}
+        rk = Lazy({layer: (d_out, width) for layer, width in widths.items()}, read_rk)
+        kk, kx = Lazy({layer: (width, width) for layer, width in widths.items()}, read_kk), Lazy(crosses, read_kx)
+        if count_sums([(d_out, width) for width in widths.values()], crossed=crossed) <= HELD:
+            return type(self)(self.base, self.prepare, count, None, dict(rk), dict(kk), dict(kx))
+        more = 4 * len(pairs) * (d_out + sum(widths.values()))
+        return type(self)(self.base, self.prepare, count, None, rk, kk, kx, self.waiting + more)
+
+    def settle(self, folder: Path | None) -> Self:
+        """The same sums, to the bit. Where more pairs wait to be summed than one layer's sums take, they are summed now, layer by layer,
+        into a file of `folder`.
+
+        Raises:
+            StorageError: there is no room.
+        """
+        shapes = list_shapes(self.rk)
+        if not self.waiting or self.waiting < max(8 * (d_out + d_in) * d_in for d_out, d_in in shapes.values()):
+            return self
+        entries: list[Entry] = []
+        for layer, shape in shapes.items():
+            entries.append((f"rk.{layer}", shape, partial(self.rk.__getitem__, layer)))
+            # Whole, unlike in a snapshot: the halves of a product need not agree in their last bits, and one of them is read.
+            entries.append((f"kk.{layer}", (shape[1], shape[1]), partial(self.kk.__getitem__, layer)))
+        entries += [(f"kx.{both[0]}.{both[1]}", shape, partial(self.kx.__getitem__, both)) for both, shape in list_shapes(self.kx).items()]
+        file = spill_doubles(folder, "d4s_sums", _FORMAT, entries, {})
+        kk = Lazy(list_shapes(self.kk), lambda layer: file[f"kk.{layer}"])
+        return replace(self, rk=_read_rk(file), kk=kk, kx=_read_kx(file), waiting=0)
+
+    def write(self, file: BinaryIO) -> None:
+        """As it is stored: equal states are equal bytes. Sums are written layer by layer."""
+        metadata = {"base": self.base, "prepare": self.prepare, "count": self.count}
+        if self.pairs is not None or not self.count:
+            owners = None if self.pairs is None else self.pairs.owners
+            erased = {"erased": self.pairs.erased} if self.pairs is not None and self.pairs.erased else {}
+            tensors = {} if self.pairs is None else self.pairs.to_tensors()
+            file.write(pack_tensors("d4s_state", _FORMAT, tensors, {**metadata, "owners": owners, **erased}))
+            return
+        held: dict[int, torch.Tensor] = {}
+
+        def read_strip(layer: int, start: int) -> torch.Tensor:
+            if layer not in held:
+                held.clear()
+                held[layer] = self.kk[layer]
+            return held[layer][start : start + _STRIP, start:]
+
+        entries: list[Entry] = []
+        for layer, (d_out, d_in) in list_shapes(self.rk).items():
+            entries.append((f"rk.{layer}", (d_out, d_in), partial(self.rk.__getitem__, layer)))
+            for start in range(0, d_in, _STRIP):
+                strip = (min(_STRIP, d_in - start), d_in - start)
+                entries.append((f"kk.{layer}.{start}", strip, partial(read_strip, layer, start)))
+        entries += [(f"kx.{both[0]}.{both[1]}", shape, partial(self.kx.__getitem__, both)) for both, shape in list_shapes(self.kx).items()]
+        write_doubles(file, "d4s_state", _FORMAT, entries, {**metadata, "owners": None})
 
     def to_bytes(self) -> bytes:
-        tensors: dict[str, torch.Tensor] = {f"rk.{layer}": rk.contiguous() for layer, rk in self.rk.items()}
-        for layer, kk in self.kk.items():
-            for start in range(0, len(kk), _STRIP):
-                tensors[f"kk.{layer}.{start}"] = kk[start : start + _STRIP, start:].contiguous()
-        tensors |= {f"kx.{lower}.{layer}": kx.contiguous() for (lower, layer), kx in self.kx.items()}
-        if self.pairs is not None:
-            tensors |= self.pairs.to_tensors()
-        owners = None if self.pairs is None else self.pairs.owners
-        metadata = {"base": self.base, "prepare": self.prepare, "count": self.count, "owners": owners}
-        if self.pairs is not None and self.pairs.erased:
-            metadata["erased"] = self.pairs.erased
-        return pack_tensors("d4s_state", _FORMAT, tensors, metadata)
+        with io.BytesIO() as file:
+            self.write(file)
+            return file.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Raises FormatError: not a D4S state of this format."""
-        tensors, metadata = unpack_tensors(data, "d4s_state", _FORMAT)
+    def load(cls, source: bytes | Path) -> Self:
+        """From bytes, or from a file, where sums stay until they are asked for. Raises FormatError: not a D4S state of this format."""
+        tensors: Mapping[str, torch.Tensor]
+        if isinstance(source, bytes):
+            tensors, metadata = unpack_tensors(source, "d4s_state", _FORMAT)
+        else:
+            tensors = TensorFile(source, "d4s_state", _FORMAT)
+            metadata = tensors.metadata
         base, prepare, owners = metadata["base"], metadata["prepare"], metadata["owners"]
-        pairs = None if owners is None else Pairs.from_tensors(base, prepare, owners, tensors, metadata.get("erased", ()))
-        rk = {int(name.removeprefix("rk.")): tensor for name, tensor in tensors.items() if name.startswith("rk.")}
-        kk = {layer: _unfold_strips(layer, tensors) for layer in rk}
-        crossed = [name for name in tensors if name.startswith("kx.")]
-        kx = {(int(lower), int(layer)): tensors[name] for name in crossed for _, lower, layer in [name.split(".")]}
-        return cls(base, prepare, metadata["count"], pairs, rk, kk, kx)
+        if owners is not None:
+            pairs = Pairs.from_tensors(base, prepare, owners, dict(tensors), metadata.get("erased", ()))
+            return cls(base, prepare, metadata["count"], pairs, {}, {})
+        rk, kx = _read_rk(tensors), _read_kx(tensors)
+        kk = Lazy({layer: (width, width) for layer, (_, width) in rk.shapes.items()}, lambda layer: _unfold_strips(layer, tensors))
+        if isinstance(source, bytes):
+            return cls(base, prepare, metadata["count"], None, dict(rk), dict(kk), dict(kx))
+        return cls(base, prepare, metadata["count"], None, rk, kk, kx)
+
+
+def keeps_pairs(count: int, widths: Iterable[int]) -> bool:
+    """Whether a state of so many pairs is the pairs themselves, where layers have keys of these widths."""
+    return count <= min(widths) // _FEW
+
+
+def count_sums(shapes: Sequence[tuple[int, int]], *, crossed: bool) -> int:
+    """Bytes of the sums of layers whose weights have the shapes [d_out, d_in]: rk, kk, and kx where there are cross moments."""
+    own = sum((d_out + d_in) * d_in for d_out, d_in in shapes)
+    return 8 * (own + (sum(left * right for (_, left), (_, right) in combinations(shapes, 2)) if crossed else 0))
+
+
+def count_snapshot(shapes: Sequence[tuple[int, int]], *, crossed: bool) -> int:
+    """Bytes of their tensors as they are stored: of kk the strips from the diagonal on."""
+    below = sum((min(_STRIP, d_in - start)) * start for _, d_in in shapes for start in range(0, d_in, _STRIP))
+    return count_sums(shapes, crossed=crossed) - 8 * below
+
+
+def _read_rk(tensors: Mapping[str, torch.Tensor]) -> Lazy[int]:
+    shapes = list_shapes(tensors).items()
+    return Lazy(
+        {int(name.removeprefix("rk.")): shape for name, shape in shapes if name.startswith("rk.")}, lambda layer: tensors[f"rk.{layer}"]
+    )
+
+
+def _read_kx(tensors: Mapping[str, torch.Tensor]) -> Lazy[tuple[int, int]]:
+    crossed = {name.removeprefix("kx."): shape for name, shape in list_shapes(tensors).items() if name.startswith("kx.")}
+    shapes = {(int(lower), int(layer)): shape for name, shape in crossed.items() for lower, layer in [name.split(".")]}
+    return Lazy(shapes, lambda both: tensors[f"kx.{both[0]}.{both[1]}"])
 
 
 def _order(pairs: Pairs) -> Pairs:

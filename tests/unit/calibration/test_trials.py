@@ -62,10 +62,10 @@ def test_lambda_is_found_by_the_formula_that_solving_uses() -> None:
     keys = {layer: torch.randn(7, 12, generator=generator) for layer in (0, 1)}
     factors = {layer: factor_moments(torch.eye(12) + torch.ones(12, 12) / 3) for layer in keys}
     for fit in (0.2, 0.6, 0.95):
-        lam = solve_for_fit(keys, factors, fit)
+        lam = solve_for_fit(keys, factors.__getitem__, fit)
         found = [PairSystem.form(keys[layer], factors[layer], lam).measure_fit(keys[layer]) for layer in keys]
         assert torch.stack(found).mean(dim=0).median().item() == pytest.approx(fit, abs=0.005)
-    assert solve_for_fit({0: torch.zeros(3, 12)}, factors, 0.5) == 1e-3
+    assert solve_for_fit({0: torch.zeros(3, 12)}, factors.__getitem__, 0.5) == 1e-3
 
 
 def test_growth_is_measured_on_the_first_edits(desk: Desk) -> None:

@@ -177,7 +177,7 @@ def test_killed_inside_the_creation_of_a_file(tmp_path: Path, call: str, when: s
     def create_and_die(storage: LocalStorage, at: int) -> None:
         if call == "write":
             # Half of the bytes reach the file.
-            storage._write = lambda path, data: (path.write_bytes(data[: len(data) // 2]), os._exit(KILLED))  # type: ignore[method-assign]
+            storage._write = lambda path, _: (path.write_bytes(data[: len(data) // 2]), os._exit(KILLED))  # type: ignore[method-assign]
         else:
             real, calls = getattr(os, call), itertools.count(1)
 
