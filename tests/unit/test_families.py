@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from errata.calibration.contexts import sample_contexts
+from errata.calibration.search import Done, choose_best, propose_step
+from errata.calibration.tracing import trace_facts
+from errata.calibration.trials import Desk
 from errata.candidates import build_anew
 from errata.editors.artifacts import load_artifact
 from errata.editors.d4s.editor import D4S
@@ -31,6 +35,12 @@ EDITS = (
     Edit(id="tongue", subject="Hugo Lindt", prompt="The tongue of {}", target_new="Danish"),
 )
 """Single tokens right after the subject: all that a random model can be taught."""
+
+
+@pytest.fixture(params=[*FAMILIES, "tiny_gpt2", "tiny_llama"])
+def calibrated(request: pytest.FixtureRequest, family_of: Callable[..., Base]) -> Base:
+    found: Base = family_of(request.param, spread=0.3) if request.param in FAMILIES else request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture(params=FAMILIES)
@@ -70,6 +80,29 @@ def test_an_edit_takes_is_exported_and_comes_off(base: Base, tmp_path: Path) -> 
     exported = load_base(export_folder(base, [artifact], tmp_path / "model", {}), device="cpu")
     assert torch.equal(read_logits(exported), edited)
     assert load_base(export_folder(base, [], tmp_path / "base", {}), device="cpu").digest == base.digest
+
+
+def test_a_calibrated_profile_does_on_the_exported_model_what_its_trial_did(calibrated: Base, tmp_path: Path) -> None:
+    """Calibrate → edit → evaluate → export: a random model knows nothing, and the whole way has to hold all the same."""
+    base = calibrated
+    depth = base.layout.count_layers(base.model)
+    trace = trace_facts(base, [edit.model_copy(update={"target_true": "French"}) for edit in EDITS], draws=1)
+    assert 0 <= trace.clean <= 1 and all(len(values) == depth for values in trace.restored.values())
+    taught = {"contexts": sample_contexts(base)[:2], "steps": 40, "clamp": 20.0, "weight_decay": 0.0, "kl": 0.0}
+    starts = [PrepareOptions.model_validate({"layers": (1,), "site": site} | taught) for site in ("subject_last", "prompt_last")]
+    desk = Desk(base, collect_moments(base, [0, 1, 2], TEXTS), EDITS, 1_000)
+    done: list[Done] = []
+    while step := propose_step(starts, done, hurry=len(done) >= len(starts)):
+        done.append(Done(step=step, trials=tuple(desk.try_options(step.prepare, step.spreads, step.fits)), seconds=0.0))
+    assert [item.step.phase for item in done] == ["places", "places", "curve"]
+    best = choose_best([trial for item in done for trial in item.trials])
+    solve = SolveOptions(lam=best.lam, spread=best.spread, moments="m" * 64)
+    editor = D4S(Profile(base=base.digest, prepare=best.prepare, solve=solve), desk.moments, base.layout)
+    pairs = editor.prepare(base, EDITS).pairs
+    artifact = editor.solve(editor.merge(editor.empty_state(), pairs, None))
+    assert artifact is not None
+    exported = load_base(export_folder(base, [artifact], tmp_path / "model", {}), device="cpu")
+    assert len(find_answered(exported, EDITS, 1_000)) == best.efficacy * len(EDITS)
 
 
 def test_rows_stay_within_half_a_window(family_of: Callable[[str], Base]) -> None:
