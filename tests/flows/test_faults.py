@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import pytest
@@ -323,14 +323,14 @@ def test_a_hint_that_is_listed_still_and_gone_is_passed_over(
 
 
 def fill(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    """After so many files nothing can be written any more: half of the next one is, and that is it."""
+    """After so many files nothing can be written any more: the beginning of the next one is, and that is it."""
     write, count = LocalStorage._write, iter(range(10_000))
 
-    def write_some(self: LocalStorage, path: Path, data: bytes) -> None:
+    def write_some(self: LocalStorage, path: Path, source: BinaryIO) -> None:
         if next(count) >= room:
-            path.write_bytes(data[: len(data) // 2])
+            path.write_bytes(source.read(10))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(self, path, data)
+        write(self, path, source)
 
     monkeypatch.setattr(LocalStorage, "_write", write_some)
 
