@@ -87,12 +87,12 @@ def test_a_disk_that_is_full_at_any_moment_of_a_commit_loses_nothing(
         commit(clerk.stream, clerk.draft([(edit("Ada", "Paris"), "live")]), clerk.stream.head)
         real, files = LocalStorage._write, []
 
-        def write(self: LocalStorage, path: Path, data: bytes, files: Any = files, room: int = room, real: Any = real) -> None:
+        def write(self: LocalStorage, path: Path, source: Any, files: Any = files, room: int = room, real: Any = real) -> None:
             if len(files) >= room:
-                path.write_bytes(data[: len(data) // 2])
+                path.write_bytes(source.getvalue()[: len(source.getvalue()) // 2])
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             files.append(path)
-            real(self, path, data)
+            real(self, path, source)
 
         failed = False
         with monkeypatch.context() as patch:
