@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format types clean
+.PHONY: help install demo test bench soak lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ demo: $(STAMP)  ## edits through the gate into a registered model, on the built-
 test: $(STAMP)  ## all tests; no network, no GPU
 	$(BIN)/pytest -n 2 --dist loadfile
 
-bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withdrawal, the long run, chaos, orchestration, second moments
+bench: $(STAMP)  ## print the benchmarks; each says what it measures
 	$(BIN)/python -m benchmarks.edit_quality
 	$(BIN)/python -m benchmarks.casting
 	$(BIN)/python -m benchmarks.growth
@@ -38,6 +38,11 @@ bench: $(STAMP)  ## print the benchmarks: quality of edits, speed, growth, withd
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.orchestration
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.moments
+	$(BIN)/python -m benchmarks.spread
+	$(BIN)/python -m benchmarks.calibration
+
+soak: $(STAMP)  ## 200 scheduled batches with faults; more than half an hour
+	$(BIN)/python -m benchmarks.soak
 
 lint: $(STAMP) types  ## style, types and import contracts
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ def draw_trace(trace: Trace) -> bytes:
     from matplotlib.figure import Figure
 
     rows = [trace.measure_effects(site) for site in _SITES]  # type: ignore[arg-type]
-    figure = Figure(figsize=(max(5.0, 0.32 * len(rows[0]) + 2.5), 2.4), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 0.32 * len(rows[0]) + 2.5), 2.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(rows, aspect="auto", cmap="Purples", vmin=0, vmax=1)
@@ -24,9 +24,8 @@ def draw_trace(trace: Trace) -> bytes:
     step = max(1, len(rows[0]) // 16)
     axes.set_xticks(range(0, len(rows[0]), step))
     axes.set_xlabel("layer whose output is restored")
-    axes.set_title(
-        f"Causal trace of {trace.facts} facts: answer {trace.clean:.2f}, subject corrupted {trace.corrupted:.2f}", fontsize=9, loc="left"
-    )
+    told = f"Causal trace of {trace.facts} facts: probability of the answer {trace.clean:.2f}, corrupted {trace.corrupted:.2f}"
+    figure.suptitle(told, fontsize=8)
     figure.colorbar(image, label="share restored")
     return _save(figure)
 
@@ -46,6 +45,7 @@ def draw_curve(report: CalibrationReport) -> bytes:
     left.axvline(report.chosen.lam, color="0.5", linewidth=1, linestyle="--")
     left.set_xscale("log")
     left.set_xlabel("λ (dashed: chosen)")
+    left.set_ylabel("share of prompts")
     left.set_ylim(-0.03, 1.03)
     left.legend(frameon=False, fontsize=8)
     left.set_title(f"layers {list(report.chosen.prepare.layers)}, {report.chosen.edits} edits", fontsize=9, loc="left")
