@@ -83,8 +83,7 @@ def propose_step(starts: Sequence[PrepareOptions], done: Sequence[Done], hurry: 
         if spread is not None and spread.digest not in known:
             return spread
     curve = Step(phase="curve", prepare=best.prepare, spreads=(best.spread,), fits=_FINE, told="trade-off over λ")
-    # The curve may move the best to another λ, never to other options.
-    return None if any(item.step.phase == "curve" for item in done) or curve.digest in known else curve
+    return None if curve.digest in known else curve
 
 
 def choose_best(trials: Sequence[Trial]) -> Trial:

@@ -49,6 +49,15 @@ def test_it_tries_every_place_then_varies_the_best_and_ends_with_the_curve() -> 
     assert len({item.step.digest for item in done}) == len(done), "nothing is measured twice"
 
 
+def test_a_search_that_was_cut_short_goes_on_and_draws_the_curve_of_what_is_best_then() -> None:
+    done = run({1: 0.6, 2: 0.9, 0: 0.7}, hurry_after=1)
+    assert [item.step.prepare.layers for item in done] == [(1, 2), (1, 2)]
+    while step := propose_step(STARTS, done, False):
+        done.append(measure(step, {1: 0.6, 2: 0.9, 0: 0.7}))
+    best = choose_best([trial for item in done for trial in item.trials])
+    assert done[-1].step.phase == "curve" and done[-1].step.prepare == best.prepare and best.prepare.layers == (2,)
+
+
 def test_one_layer_has_nothing_to_spread() -> None:
     assert "spread" not in [item.step.phase for item in run({1: 0.1, 2: 0.9, 0: 0.1})]
     assert "spread" in [item.step.phase for item in run({1: 0.9, 2: 0.1, 0: 0.1})]
