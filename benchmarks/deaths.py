@@ -106,7 +106,7 @@ def _work(job: Callable[[], Any], folder: Path, answer: Path) -> None:
 def lay_trap(trap: Trap | None) -> list[str]:
     """Kill this process at a step. Returns the steps it takes, which grow."""
     from registry.index import Index
-    from registry.models import MlflowClient
+    from registry.runs import MlflowClient
     from registry.storage.local import LocalStorage
     from registry.storage.s3 import S3Storage
 

@@ -170,7 +170,7 @@ def prepare_part(
     """
     settings, opened = open_named(stream)
     model = load_named(settings, opened.storage, base, profile, editor)
-    scope = digest_preparation(model)
+    scope = digest_preparation(model, None)  # chunks are spread where order does not matter
     return prepare_chunk(
         opened.objects,
         model.editor,

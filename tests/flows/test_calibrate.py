@@ -23,6 +23,12 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
 
 
+@pytest.fixture(autouse=True)
+def own_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow leaves its last address in the environment."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return write_base(tmp_path / "base")

@@ -259,7 +259,7 @@ def wait(done, total):
     pathlib.Path("preparing").touch()
     time.sleep(60)
 
-D4S.prepare = lambda self, base, edits, on_progress=None, groups=(): prepare(self, base, edits, wait, groups)
+D4S.prepare = lambda self, base, edits, on_progress=None, *rest: prepare(self, base, edits, wait, *rest)
 main()
 """
 """The command, which takes its time to prepare."""

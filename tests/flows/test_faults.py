@@ -356,7 +356,7 @@ def test_a_disk_that_is_full_is_named_and_the_next_run_goes_on(
 def test_an_mlflow_without_room_shows_the_batch_later(
     desk: Any, make_edit: Make, errata: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, prefect_server: str
 ) -> None:
-    from registry.models import MlflowClient
+    from registry.runs import MlflowClient
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

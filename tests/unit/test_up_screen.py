@@ -25,6 +25,8 @@ PLACES = {
     "state": "ready",
 }
 
+NOWHERE = "http://127.0.0.1:9/api"
+
 
 def test_one_screen_says_where_everything_is_and_the_last_lines() -> None:
     console = Console(file=io.StringIO(), width=100, height=40)
@@ -48,15 +50,25 @@ def test_what_ends_is_started_again_unless_it_ended_at_once(home: Path) -> None:
     sleeper = "import time; time.sleep(600)"
     leaves = f"import subprocess, sys; print('no disk left'); subprocess.Popen([sys.executable, '-c', {sleeper!r}])"
     command = [sys.executable, "-c", leaves]
-    children: dict[str, Child] = {"worker": start_child("worker", command, home, os.environ, home)}
-    children["worker"].wait()
+    children: dict[str, Child] = {"mlflow": start_child("mlflow", command, home, os.environ, home)}
+    children["mlflow"].wait()
     again: dict[str, float] = {}
     (left,) = find_family(home)
-    assert list(_mend({"worker": (command, home)}, children, again, dict(os.environ), home)) == ["worker"]
+    assert list(_mend(NOWHERE, {"mlflow": (command, home)}, children, again, dict(os.environ), home)) == ["mlflow"]
     assert not psutil.pid_exists(left.pid), "it would have the port"
-    children["worker"].wait()
-    with pytest.raises(ErrataError, match=r"(?s)expected worker to run, found it ended with 0:.*no disk left"):
-        list(_mend({"worker": (command, home)}, children, again, dict(os.environ), home))
+    children["mlflow"].wait()
+    with pytest.raises(ErrataError, match=r"(?s)expected mlflow to run, found it ended with 0:.*no disk left"):
+        list(_mend(NOWHERE, {"mlflow": (command, home)}, children, again, dict(os.environ), home))
+
+
+def test_a_worker_waits_until_its_runs_can_be_closed(home: Path) -> None:
+    """Without a server nobody knows which runs the dead one has left, and they hold the limits of their streams."""
+    command = [sys.executable, "-c", ""]
+    children: dict[str, Child] = {"worker": start_child("worker", command, home, os.environ, home)}
+    ended = children["worker"]
+    ended.wait()
+    assert list(_mend(NOWHERE, {"worker": (command, home)}, children, {}, dict(os.environ), home)) == []
+    assert children["worker"] is ended
 
 
 def test_the_database_of_mlflow_is_named_wherever_its_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
