@@ -10,7 +10,7 @@ from errata.calibration.trials import Trial
 from errata.edits import canonical_json, digest_of
 from errata.profiles import PrepareOptions, Spread
 
-TOLERANCE = 0.003
+TOLERANCE = 0.001
 """Scores that differ by less are equal; of equals, what grows the weights less is better."""
 _COARSE = (0.95, 0.75, 0.5)
 """Median ρ tried at every step: a small model needs nearly all of its residual, large ones about half (resolution G)."""
