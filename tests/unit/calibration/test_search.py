@@ -86,7 +86,7 @@ def test_places_that_cannot_be_measured_are_passed_over() -> None:
 
 def test_of_equals_the_one_that_grows_the_weights_less_is_better() -> None:
     near = (
-        make_trial(STARTS[0], score=0.902, norm=3.0),
+        make_trial(STARTS[0], score=0.9005, norm=3.0),
         make_trial(STARTS[1], score=0.9, norm=1.2),
         make_trial(STARTS[2], score=0.8, norm=1.0),
     )
