@@ -26,7 +26,7 @@ demo: $(STAMP)  ## edits through the gate into a registered model, on the built-
 	$(BIN)/errata demo
 
 test: $(STAMP)  ## all tests; no network, no GPU
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)  ## print the benchmarks; each says what it measures
 	$(BIN)/python -m benchmarks.edit_quality

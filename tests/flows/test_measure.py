@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -258,11 +259,14 @@ def test_the_first_failure_ends_the_others(desk: Any, prefect_server: str, monke
     from tasks._task import stage
 
     ended: list[str] = []
+    begun = threading.Event()
 
     @stage
     def work(call: int) -> None:
         if call == 1:
+            assert begun.wait(60)
             raise InputError("expected something, found nothing")
+        begun.set()
         for step in range(600):
             try:
                 tell_step(call, step)

@@ -7,7 +7,7 @@ from typing import Any
 import mlflow
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.sorting import ArtifactSort
 
 from errata.edits import Edit
 from errata.errors import ErrataError
@@ -74,8 +74,7 @@ def test_a_champion_is_measured_and_shown(desk: Any, make_edit: Make) -> None:
     assert metrics["watch.retention.0.retained"] == 1.0
     names = {item.path for item in mlflow.MlflowClient().list_artifacts(run, "watch")}
     assert names == {"watch/watch.json", "watch/retention.png", "watch/weight_norms.png"}
-    with get_client(sync_client=True) as client:
-        found = {item.key: item for item in client.read_artifacts(artifact_filter=ArtifactFilter())}
+    found = read_newest()
     assert "commit 3" in found["watch-main-summary"].data and "retention at age 1-9" in found["watch-main-summary"].data
     assert "norm of layer 1" in found["watch-main-layers-and-ages"].data
 
@@ -83,6 +82,12 @@ def test_a_champion_is_measured_and_shown(desk: Any, make_edit: Make) -> None:
     again = watch()
     assert again.model_dump(exclude={"time", "run", "seconds"}) == report.model_dump(exclude={"time", "run", "seconds"})
     assert len(desk.versions()) == before
+
+
+def read_newest() -> dict[str, Any]:
+    """Key → its newest artifact: other tests have a stream of this name on the same server."""
+    with get_client(sync_client=True) as client:
+        return {item.key: item for item in reversed(client.read_artifacts(sort=ArtifactSort.CREATED_DESC))}
 
 
 def test_a_stream_without_edits_is_its_base(desk: Any) -> None:
@@ -216,6 +221,4 @@ def test_where_mlflow_is_a_server_prefect_shows_its_figures(desk: Any, make_edit
     monkeypatch.setattr(watching, "open_registry", lambda _: Server())
     watching.show_watch("main", report)
     assert logged[0][0] == version
-    with get_client(sync_client=True) as client:
-        images = {item.key: item.data for item in client.read_artifacts() if item.type == "image"}
-    assert images["watch-main-retention"] == f"http://mlflow:5000/get-artifact?path=watch/retention.png&run_uuid={version.run}"
+    assert read_newest()["watch-main-retention"].data == f"http://mlflow:5000/get-artifact?path=watch/retention.png&run_uuid={version.run}"
