@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench soak lint format types clean
+.PHONY: help install demo test test-all bench soak lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,10 @@ install: $(STAMP)  ## virtual environment, torch, the project
 demo: $(STAMP)  ## edits through the gate into a registered model, on the built-in base
 	$(BIN)/errata demo
 
-test: $(STAMP)  ## all tests; no network, no GPU
+test: $(STAMP)  ## all tests but a few long ones; no network, no GPU
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-all: $(STAMP)  ## those too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)  ## print the benchmarks; each says what it measures

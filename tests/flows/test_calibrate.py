@@ -127,7 +127,7 @@ def test_bad_input_is_named(errata: Callable[..., Any], tmp_path: Path, base: Pa
     assert nowhere.code == 2 and "nowhere" in nowhere.err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_checkpoint_that_knows_no_facts(errata: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not STORIES.is_dir():
         pytest.skip(f"no Llama checkpoint at {STORIES}")

@@ -88,7 +88,7 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(home)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_batch_goes_through_both(postgres: str, desk: Any, launch: Callable[..., Any], make_edit: Callable[..., Edit]) -> None:
     import psycopg2
 

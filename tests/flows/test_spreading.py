@@ -51,7 +51,7 @@ def corpus(tmp_path: Path, sentences: Any) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_runners_give_equal_bytes(
     desk: Any,
     corpus: Path,

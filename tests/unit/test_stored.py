@@ -267,7 +267,7 @@ MEASURED = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_is_about_one_layer_s_share(tmp_path: Path) -> None:
     """Merging, solving, storing, loading and solving again, in processes of their own: with eight layers as with two."""

@@ -33,7 +33,7 @@ pathlib.Path("answers.json").write_text(json.dumps({{"code": errata.__file__, "a
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_version_answers_in_a_fresh_environment(
     registry: ModelRegistry,
     tracking: tuple[str, str],
