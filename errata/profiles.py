@@ -4,6 +4,7 @@ The `prepare` part decides what a pair is; changing it needs a rebase. The `solv
 weights; changing it only needs a new solve.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -13,6 +14,11 @@ from errata.errors import InputError
 
 Site = Literal["subject_last", "prompt_last"]
 Spread = Literal["single", "even", "refresh", "d4s_code"]
+
+
+def spell_layers(layers: Sequence[int]) -> str:
+    """Layers that lie side by side, for people."""
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
 
 
 class PrepareOptions(BaseModel):

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from errata.errors import InputError
+from errata.profiles import spell_layers
 from errata.settings import load_settings
 from flows import views
 from flows.commandline import EPILOG, AsJson, out, print_json
@@ -118,7 +119,3 @@ def build_points(title: str, points: list[dict[str, Any]]) -> Table:
 
 def shade(value: float) -> str:
     return _SHADES[min(max(int(value * len(_SHADES)), 0), len(_SHADES) - 1)]
-
-
-def spell_layers(layers: list[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"

@@ -24,7 +24,7 @@ from errata.modeling.loading import Base
 from errata.profiles import PrepareOptions, Profile, SolveOptions
 from errata.readers.files import read_edits
 from errata.settings import Settings, load_settings
-from errata.suggestions import suggest_profile
+from errata.suggestions import choose_spread, suggest_profile
 from errata.world import make_world
 from registry.calibrations import open_objects, read_steps, store_found, store_step
 from registry.release import resolve_tracking
@@ -152,10 +152,11 @@ def take_step(base: str, search: str, hurry: bool) -> Taken | None:
         except EditorError as error:
             trials, fault = (), str(error)
     made = Done(step=step, trials=trials, fault=fault, seconds=round(time.perf_counter() - begun, 3))
-    store_step(storage, base, search, len(done), step.digest, made.to_bytes())
+    # Shown first: what is stored is never measured, and so never shown, again. A repeated trial finds its run.
     runs = _open_runs(settings, base, search)
     for trial in trials:
         _show_trial(runs, step, trial)
+    store_step(storage, base, search, len(done), step.digest, made.to_bytes())
     best = max((trial.score for trial in trials), default=None)
     return Taken(number=len(done) + 1, told=step.told, fault=fault, score=best, seconds=made.seconds)
 
@@ -197,11 +198,10 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
         cut_short=cut_short,
     )
     stored = objects.put(report.to_bytes())
-    spread = best.spread if len(best.prepare.layers) > 1 else "single"
     profile = Profile(
         base=base,
         prepare=best.prepare,
-        solve=SolveOptions(lam=best.lam, spread=spread, moments=plan.moments),
+        solve=SolveOptions(lam=best.lam, spread=best.spread, moments=plan.moments),
         origin=f"measured by errata calibrate on {plan.edits} edits of {facts.source}",
         max_norm_ratio=set_alarm(growth),
         calibration=report.write_note(stored),
@@ -217,7 +217,7 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
         for path, data in zip(files, (*drawn.values(), profile.to_bytes()), strict=True):
             path.write_bytes(data)
         runs.conclude(
-            {"profile": digest, "layers": list(best.prepare.layers), "site": best.prepare.site, "lam": best.lam, "spread": spread},
+            {"profile": digest, "layers": list(best.prepare.layers), "site": best.prepare.site, "lam": best.lam, "spread": best.spread},
             {f"validation.{name}": value for name, value in _list_metrics(validation[0]).items()},
             files,
         )
@@ -230,7 +230,7 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
         effects={site: report.trace.measure_effects(site) for site in report.trace.restored} if report.trace else {},
         prepare=best.prepare,
         lam=best.lam,
-        spread=spread,
+        spread=best.spread,
         chosen=note.chosen,
         rivals=note.rivals,
         curve=note.curve,
@@ -250,11 +250,11 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
 
 def _afford_edits(desk: Desk, options: PrepareOptions, seconds: float) -> int:
     """How many of its edits one step may write in so many seconds: doubled as long as the double is likely to do."""
-    count = min(_FEWEST, len(desk.edits))
-    replace(desk, edits=desk.edits[:_TIMED]).try_options(options, ("even",), (0.9,))  # pays for what is made once
+    count, spread = min(_FEWEST, len(desk.edits)), choose_spread(len(options.layers))
+    replace(desk, edits=desk.edits[:_TIMED]).try_options(options, (spread,), (0.9,))  # pays for what is made once
     while count < len(desk.edits):
         begun = time.perf_counter()
-        replace(desk, edits=desk.edits[:count]).try_options(options, ("even",), (0.9,))
+        replace(desk, edits=desk.edits[:count]).try_options(options, (spread,), (0.9,))
         if 2 * (time.perf_counter() - begun) > seconds:
             break
         count = min(2 * count, len(desk.edits))

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from errata.calibration.records import Record
 from errata.calibration.search import Done
 from errata.calibration.tracing import Trace
 from errata.calibration.trials import Trial
-from errata.edits import Edit, canonical_json
+from errata.edits import Edit
 from errata.profiles import CalibrationNote, Measured, PrepareOptions
 
 FORESEEN = 1_000
@@ -17,14 +16,7 @@ FORESEEN = 1_000
 _MARGIN = 1.25
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def to_bytes(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json"))
-
-
-class FactSheet(_Record):
+class FactSheet(Record):
     """The edits of a calibration, and what the base said when it was asked for the old answers."""
 
     source: str
@@ -39,12 +31,8 @@ class FactSheet(_Record):
     validation: tuple[Edit, ...]
     """Written once, at the end."""
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        return cls.model_validate_json(data)
 
-
-class Search(_Record):
+class Search(Record):
     """What is to be searched. Its digest names the steps that are stored."""
 
     base: str
@@ -57,12 +45,8 @@ class Search(_Record):
     """How many of its search edits are written."""
     starts: tuple[PrepareOptions, ...]
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        return cls.model_validate_json(data)
 
-
-class CalibrationReport(_Record):
+class CalibrationReport(Record):
     """Everything that was measured."""
 
     format: Literal[1] = 1
@@ -79,10 +63,6 @@ class CalibrationReport(_Record):
     """(edits, mean |W| / mean |W0| of the layer that grew most)."""
     cut_short: bool
     """The budget ended the search before it was through."""
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        return cls.model_validate_json(data)
 
     @property
     def trials(self) -> list[Trial]:

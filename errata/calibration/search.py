@@ -2,13 +2,13 @@
 then how layers share the residual, then the whole curve over λ. Whoever runs it again with the same trials gets the same next step."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from errata.calibration.records import Record
 from errata.calibration.trials import Trial
 from errata.edits import canonical_json, digest_of
-from errata.profiles import PrepareOptions, Spread
+from errata.profiles import PrepareOptions, Spread, spell_layers
+from errata.suggestions import choose_spread
 
 TOLERANCE = 0.001
 """Scores that differ by less are equal; of equals, what grows the weights less is better."""
@@ -22,10 +22,8 @@ _MOST_OPTIONS = 14
 Phase = Literal["places", "options", "spread", "curve"]
 
 
-class Step(BaseModel):
+class Step(Record):
     """Edits prepared in one way, solved under each of `spreads` at λ for each of `fits`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     phase: Phase
     prepare: PrepareOptions
@@ -39,22 +37,13 @@ class Step(BaseModel):
         return digest_of(canonical_json(self.model_dump(mode="json", exclude={"told", "phase"})))
 
 
-class Done(BaseModel):
+class Done(Record):
     """A step and what it found: nothing where `fault` says why it could not be measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: Step
     trials: tuple[Trial, ...] = ()
     fault: str | None = None
     seconds: float
-
-    def to_bytes(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json"))
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        return cls.model_validate_json(data)
 
 
 def propose_step(starts: Sequence[PrepareOptions], done: Sequence[Done], hurry: bool) -> Step | None:
@@ -103,8 +92,8 @@ def choose_rivals(trials: Sequence[Trial], best: Trial, most: int) -> list[Trial
 
 def _list_places(starts: Sequence[PrepareOptions]) -> Iterator[Step]:
     for start in starts:
-        told = f"layers {_spell(start.layers)}, {start.site.replace('_', '’s ')} token"
-        yield Step(phase="places", prepare=start, spreads=(_usual(start),), fits=_COARSE, told=told)
+        told = f"layers {spell_layers(start.layers)}, {start.site.replace('_', '’s ')} token"
+        yield Step(phase="places", prepare=start, spreads=(choose_spread(len(start.layers)),), fits=_COARSE, told=told)
 
 
 def _vary(best: Trial) -> Iterator[Step]:
@@ -125,11 +114,3 @@ def _compare_spreads(best: Trial) -> Step | None:
     if len(best.prepare.layers) == 1:
         return None
     return Step(phase="spread", prepare=best.prepare, spreads=("even", "refresh"), fits=_COARSE, told="spread over the layers")
-
-
-def _usual(options: PrepareOptions) -> Spread:
-    return "even" if len(options.layers) > 1 else "single"
-
-
-def _spell(layers: Sequence[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"

@@ -1,15 +1,10 @@
 """What stages of a calibration hand on, and what people are told at its end. Names and numbers only."""
 
-from pydantic import BaseModel, ConfigDict
-
+from errata.calibration.records import Record
 from errata.profiles import Measured, PrepareOptions
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Asked(_Record):
+class Asked(Record):
     """A base was asked for facts."""
 
     sheet: str
@@ -20,7 +15,7 @@ class Asked(_Record):
     traced: int
 
 
-class Taken(_Record):
+class Taken(Record):
     """A step was measured."""
 
     number: int
@@ -31,7 +26,7 @@ class Taken(_Record):
     seconds: float
 
 
-class CalibrationSummary(_Record):
+class CalibrationSummary(Record):
     """What a calibration found."""
 
     base: str

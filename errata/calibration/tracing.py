@@ -6,12 +6,11 @@ that brings the answer back, the fact passes; where it is written has to lie at 
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from errata.edits import SLOT, Edit, canonical_json
+from errata.calibration.records import Record
+from errata.edits import SLOT, Edit
 from errata.errors import TokenizationError
 from errata.evaluation.scoring import split_by_tokens
 from errata.modeling.loading import Base
@@ -24,10 +23,8 @@ NOISE = 3.0
 """Noise in standard deviations of the subjects' embeddings (ROME's ν)."""
 
 
-class Trace(BaseModel):
+class Trace(Record):
     """Mean probability of the true answer's first token over facts and draws of noise."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     facts: int
     draws: int
@@ -40,13 +37,6 @@ class Trace(BaseModel):
         """Per layer, the share of what corruption took that comes back: 0 nothing, 1 all. Zero where corruption took nothing."""
         lost = self.clean - self.corrupted
         return tuple((value - self.corrupted) / lost if lost > 0 else 0.0 for value in self.restored[site])
-
-    def to_bytes(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json"))
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        return cls.model_validate_json(data)
 
 
 class _Row:

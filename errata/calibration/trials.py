@@ -8,8 +8,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
+from errata.calibration.records import Record
 from errata.editors.base import Pairs, Progress
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments
@@ -27,10 +27,8 @@ _REACHED = 0.5
 """Nats per token of a target up to which its z counts as found."""
 
 
-class Trial(BaseModel):
+class Trial(Record):
     """What one set of options did to the same edits as all others of its search."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prepare: PrepareOptions
     lam: float
@@ -52,10 +50,6 @@ class Trial(BaseModel):
     """mean |W| / mean |W0| of the layer that grew most."""
     seconds: float
     """Of writing and measuring; what several λ share is counted with the first of them."""
-
-    @property
-    def solve(self) -> dict[str, float | str]:
-        return {"lam": self.lam, "spread": self.spread}
 
 
 @dataclass(frozen=True)
@@ -148,8 +142,7 @@ class Desk:
         return _grown(self.base, artifact.deltas)
 
     def _make_editor(self, prepare: PrepareOptions, spread: Spread, lam: float) -> D4S:
-        chosen: Spread = "single" if len(prepare.layers) == 1 else spread
-        return self._editor.change(self._write_profile(prepare, SolveOptions(lam=lam, spread=chosen, moments="")))
+        return self._editor.change(self._write_profile(prepare, SolveOptions(lam=lam, spread=spread, moments="")))
 
     @cached_property
     def _editor(self) -> D4S:

@@ -10,6 +10,7 @@ from errata.editors.d4s.moments import collect_moments
 from errata.editors.d4s.solve import PairSystem, factor_moments
 from errata.edits import Probe
 from errata.errors import EditorError
+from errata.evaluation.answered import find_answered
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.modeling.loading import load_base
 from errata.modeling.patch import attach, require_untouched
@@ -88,5 +89,5 @@ def test_the_solve_options_are_those_of_the_trial(desk: Desk) -> None:
     editor = desk._editor.change(profile)
     artifact = editor.solve(editor.merge(editor.empty_state(), editor.prepare(desk.base, desk.edits).pairs, None))
     with attach(desk.base, [artifact]):
-        pass
+        assert len(find_answered(desk.base, desk.edits, 512)) == trial.efficacy * len(desk.edits)
     assert editor.options["lam"] == trial.lam
