@@ -18,8 +18,8 @@ from rich.table import Table
 from benchmarks.common import MemoryBlobs, load_builtin
 from errata.builtin import CAVEAT
 from errata.candidates import build_candidate, load_artifacts, prepare_batch, start_manifest
-from errata.editors.artifacts import load_artifact
 from errata.editors.d4s.editor import D4S
+from errata.editors.kinds import load_artifact
 from errata.edits import Edit
 from errata.evaluation.metrics import all_correct
 from errata.evaluation.scoring import score_targets
@@ -142,7 +142,7 @@ def share(base: Base, rows: Rows) -> float:
 
 def _compare(blobs: MemoryBlobs, one: Manifest, other: Manifest) -> float:
     """Largest difference between two manifests' deltas, relative to the largest entry."""
-    left, right = (load_artifact(blobs.get(manifest.artifacts[0])).deltas for manifest in (one, other))
+    left, right = (load_artifact(blobs.get(manifest.artifacts[0]), blobs.get).deltas for manifest in (one, other))
     return max(float((left[name] - right[name]).abs().max() / left[name].abs().max()) for name in left)
 
 

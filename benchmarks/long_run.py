@@ -140,7 +140,7 @@ class _Writer:
         ref = extend_state(layer.state, changes)
         ref = ref.model_copy(update={"pairs_since": ref.pairs_since[-_SNAPSHOT_EVERY:]})
         if snapshot:
-            ref = take_snapshot(ref, objects.put(self._state.to_bytes()))
+            ref = take_snapshot(ref, objects.put(self._state.to_bytes()), {})
         recipe = extend_recipe(self._manifest.recipe, "add", pairs.digest_rows())
         self._manifest = self._manifest.model_copy(update={"layers": (layer.model_copy(update={"state": ref}),), "recipe": recipe})
         begun = time.process_time()

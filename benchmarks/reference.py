@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from errata.editors.d4s.rows import KL_PROMPT
+from errata.editors.rows import KL_PROMPT
 from errata.edits import SLOT, Edit
 from errata.modeling.loading import Base
 from errata.modeling.tokens import encode_target, find_pad, locate_subject, pad_rows

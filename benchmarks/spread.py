@@ -27,7 +27,7 @@ from errata.editors.base import Pairs
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments, collect_moments
 from errata.editors.d4s.reading import read_base
-from errata.editors.d4s.rows import build_rows
+from errata.editors.rows import build_rows
 from errata.edits import Edit
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach

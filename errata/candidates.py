@@ -1,14 +1,15 @@
 """From stored pairs to a candidate: prepare what is missing, merge, solve. The head and the base are never changed (design §3)."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from errata.editors.artifacts import WeightDelta, load_artifact
+from errata.editors.artifacts import Artifact, Parts
 from errata.editors.base import Blobs, Editor, Pairs, Progress, State, list_units
+from errata.editors.kinds import load_artifact
 from errata.edits import Edit, canonical_json, digest_of
 from errata.manifests import Change, Layer, Manifest, PairRef, StateRef, extend_recipe, group_changes, read_refs, sort_refs, start_recipe
 from errata.modeling.loading import Base
@@ -182,10 +183,10 @@ def build_candidate(
     merged = merge_refs(blobs, editor, load_state(blobs, editor, layer.state), head.recipe, add, remove)
     artifact = editor.solve(merged.state)
     blobs.put(merged.changes)
-    stored = extend_state(layer.state, merged.changes)
+    stored, there = extend_state(layer.state, merged.changes), {*layer.parts, *layer.state.parts}
     if len(stored.pairs_since) >= snapshot_every:
-        stored = take_snapshot(stored, blobs.put_from(merged.state.write))
-    built = layer.model_copy(update={"artifact": blobs.put(artifact.to_bytes()) if artifact else None, "state": stored})
+        stored = take_snapshot(stored, store_state(blobs, merged.state, there), merged.state.parts)
+    built = layer.model_copy(update={**store_artifact(blobs, artifact, there), "state": stored})
     manifest = head.model_copy(update={"layers": (built,), "recipe": merged.recipe})
     return Candidate(manifest, _measure_fits(editor, merged.state, merged.added))
 
@@ -225,9 +226,43 @@ def extend_state(ref: StateRef, changes: bytes) -> StateRef:
     return StateRef(snapshot=ref.snapshot, pairs_since=since, operations=ref.operations + len(read_refs(changes)))
 
 
-def take_snapshot(ref: StateRef, snapshot: str) -> StateRef:
-    """The same state in one piece."""
-    return StateRef(snapshot=snapshot, operations=ref.operations)
+def take_snapshot(ref: StateRef, snapshot: str, parts: Parts) -> StateRef:
+    """The same state as what `State.write` wrote, with the parts that it names."""
+    return StateRef(snapshot=snapshot, operations=ref.operations, parts=tuple(parts))
+
+
+def name_artifact(artifact: Artifact | None) -> dict[str, Any]:
+    """The fields of a layer that say where an artifact lies."""
+    return {"artifact": digest_of(artifact.to_bytes()) if artifact else None, "parts": tuple(artifact.parts) if artifact else ()}
+
+
+def store_artifact(blobs: Blobs, artifact: Artifact | None, there: Collection[str] = ()) -> dict[str, Any]:
+    """Store an artifact with its parts; `name_artifact` of it.
+
+    Args:
+        there: parts that are stored, because the head names them.
+    """
+    if artifact is None:
+        return name_artifact(None)
+    _store_parts(blobs, artifact.parts, there)
+    return {"artifact": blobs.put(artifact.to_bytes()), "parts": tuple(artifact.parts)}
+
+
+def store_state(blobs: Blobs, state: State, there: Collection[str] = ()) -> str:
+    """Store a state with its parts; the digest of what it writes itself. Arguments as of `store_artifact`."""
+    _store_parts(blobs, state.parts, there)
+    return blobs.put_from(state.write)
+
+
+def _store_parts(blobs: Blobs, parts: Parts, there: Collection[str]) -> None:
+    for digest, read in parts.items():
+        if digest not in there:
+            blobs.put(read())
+
+
+def reload_state(editor: Editor[Any], state: State) -> Any:
+    """A state as whoever reads what it writes has it."""
+    return editor.load_state(state.to_bytes(), lambda digest: state.parts[digest]())
 
 
 @dataclass(frozen=True)
@@ -270,29 +305,31 @@ def adopt_state(editor: Editor[Any], base: str, profile: str, state: Any, recipe
 
 
 def restart_manifest(
-    editor: Editor[Any], base: str, profile: str, recipe: str, artifact: bytes | None, snapshot: str | None, operations: int = 0
+    editor: Editor[Any], base: str, profile: str, made: Restart, weights: Mapping[str, Any], snapshot: str | None, operations: int = 0
 ) -> Manifest:
-    """The manifest of a restarted state: its artifact, and the digest of the state itself unless it is empty."""
-    state = StateRef(snapshot=snapshot, operations=operations)
-    layer = Layer(editor=editor.name, editor_version=editor.version, artifact=digest_of(artifact) if artifact else None, state=state)
-    return Manifest(base=base, profile=profile, layers=(layer,), recipe=recipe)
+    """The manifest of a restarted state.
+
+    Args:
+        weights: `name_artifact` of what it solves to.
+        snapshot: digest of what the state writes; None for an empty one.
+        operations: as in `StateRef`.
+    """
+    state = StateRef(operations=operations)
+    if snapshot is not None:
+        state = take_snapshot(state, snapshot, made.state.parts)
+    layer = Layer(editor=editor.name, editor_version=editor.version, state=state, **weights)
+    return Manifest(base=base, profile=profile, layers=(layer,), recipe=made.recipe)
 
 
 def store_restart(blobs: Blobs, editor: Editor[Any], base: str, profile: str, made: Restart, operations: int = 0) -> Manifest:
-    """Solve a restarted state and store it; its manifest, which is not stored yet.
-
-    Args:
-        operations: as in `StateRef`.
+    """Solve a restarted state and store it; its manifest, which is not stored yet. Arguments as of `restart_manifest`.
 
     Raises:
         EditorError: the system cannot be solved.
     """
-    artifact = editor.solve(made.state)
-    weights = artifact.to_bytes() if artifact else None
-    snapshot = blobs.put_from(made.state.write) if made.state.count else None
-    if weights is not None:
-        blobs.put(weights)
-    return restart_manifest(editor, base, profile, made.recipe, weights, snapshot, operations)
+    weights = store_artifact(blobs, editor.solve(made.state))
+    snapshot = store_state(blobs, made.state) if made.state.count else None
+    return restart_manifest(editor, base, profile, made, weights, snapshot, operations)
 
 
 def build_anew(blobs: Blobs, editor: Editor[Any], base: str, profile: str, refs: Sequence[PairRef]) -> Candidate:
@@ -325,7 +362,7 @@ def repack_pairs(blobs: Blobs, refs: Sequence[PairRef]) -> dict[PairRef, PairRef
 def load_state(blobs: Blobs, editor: Editor[Any], ref: StateRef) -> Any:
     """The state a manifest names: its snapshot with the change lists since replayed in order, each in one merge as it was made, since
     sums that are formed in other groups differ in their last bits."""
-    state: State = editor.load_state(blobs.fetch(ref.snapshot)) if ref.snapshot else editor.empty_state()
+    state: State = editor.load_state(blobs.fetch(ref.snapshot), blobs.get) if ref.snapshot else editor.empty_state()
     for digest in ref.pairs_since:
         changes = [Change.model_validate(item) for item in json.loads(blobs.get(digest))]
         added, removed = (_read_changes(blobs, [change for change in changes if change.op == op]) for op in ("add", "remove"))
@@ -333,9 +370,9 @@ def load_state(blobs: Blobs, editor: Editor[Any], ref: StateRef) -> Any:
     return state
 
 
-def load_artifacts(blobs: Blobs, manifest: Manifest) -> list[WeightDelta]:
+def load_artifacts(blobs: Blobs, manifest: Manifest) -> list[Artifact]:
     """The artifacts of a manifest, ready to attach in this order."""
-    return [load_artifact(blobs.get(digest)) for digest in manifest.artifacts]
+    return [load_artifact(blobs.get(digest), blobs.get) for digest in manifest.artifacts]
 
 
 def read_pairs(blobs: Blobs, refs: Sequence[PairRef]) -> Pairs | None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from errata.editors.artifacts import WeightDelta
+from errata.editors.artifacts import Artifact
 from errata.edits import Edit
 from errata.evaluation.abilities import measure_ability
 from errata.evaluation.metrics import all_correct
@@ -33,7 +33,7 @@ class Checkup:
 
 def check_champion(
     base: Base,
-    artifacts: Sequence[WeightDelta],
+    artifacts: Sequence[Artifact],
     conditions: Mapping[str, float],
     edits: Sequence[Edit],
     questions: Sequence[AbilityQuestion],

@@ -36,13 +36,14 @@ class StateRef(_Record):
     snapshot: str | None = None
     pairs_since: tuple[str, ...] = ()
     operations: int = 0
-    """Pairs added or removed since it was last summed from nothing: how many roundings its sums may carry."""
+    """Pairs added or removed since it was last built from nothing: how many roundings, or tombstones, it may carry."""
+    parts: tuple[str, ...] = ()
+    """Objects that the snapshot consists of besides itself."""
 
     @model_serializer(mode="wrap")
     def _omit_none(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Manifests from before operations were counted keep their bytes."""
-        content: dict[str, Any] = spell(self)
-        return content if self.operations else {name: value for name, value in content.items() if name != "operations"}
+        """Manifests from before operations were counted, or there were parts, keep their bytes."""
+        return _omit(spell(self), "operations", "parts")
 
 
 class Layer(_Record):
@@ -53,6 +54,22 @@ class Layer(_Record):
     built_on: tuple[str, ...] = ()
     """Artifacts beneath."""
     state: StateRef = StateRef()
+    parts: tuple[str, ...] = ()
+    """Objects that the artifact consists of besides itself, shared with other versions."""
+
+    @model_serializer(mode="wrap")
+    def _omit_none(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _omit(spell(self), "parts")
+
+    @property
+    def stored(self) -> list[str]:
+        """Digests of the objects that its artifact takes."""
+        return [*([self.artifact] if self.artifact else ()), *self.parts]
+
+    @property
+    def state_stored(self) -> list[str]:
+        """Digests of the objects that its state takes, the pairs apart."""
+        return [*([self.state.snapshot] if self.state.snapshot else ()), *self.state.parts, *self.state.pairs_since]
 
 
 class Manifest(_Record):
@@ -84,6 +101,11 @@ class Manifest(_Record):
             return cls.model_validate_json(data)
         except ValueError as error:
             raise FormatError(f"manifest cannot be read; written by a newer Errata? {error}") from None
+
+
+def _omit(content: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The content without those of `names` that are empty or 0."""
+    return {name: value for name, value in content.items() if value or name not in names}
 
 
 def start_recipe(base: str, profile: str, editor: str, version: str, options: Mapping[str, Any]) -> str:

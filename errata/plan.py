@@ -159,19 +159,10 @@ def make_plan(
     hoards = count_factors(shapes) <= room.memory // 4
     whole = few or sums <= HELD
     lines = _Lines(room)
-    total = count_weights(model)
     measuring = count_forward(model, width)
     least = count_activations(model, layout, max(layers), _LEAST)
     at_work = max(least, sum(8 * square for square in squares) + 8 * max(squares) + measuring)
-    on_device = total
-    if offloads:
-        on_device = min(total, max(room.device - at_work, 0))
-        in_memory = 0 if room.shared else min(total - on_device, room.memory // 2)
-        lines.add("always", "weights on the device", "device", on_device)
-        lines.add("always", "weights in main memory, moved block by block", "memory", in_memory)
-        lines.add("always", "weights on the disk, read block by block", "disk", total - on_device - in_memory)
-    else:
-        lines.add("always", "weights", "device", total)
+    on_device = _place_weights(lines, model, room, at_work if offloads else None)
     lines.add("measure", f"second moments C of {len(layers)} layers, float64 until they are stored", "device", sum(8 * n for n in squares))
     lines.add("measure", "one batch's part of them", "device", 8 * max(squares))
     lines.add("measure", f"activations of {BATCH_TOKENS:,} tokens (estimate)", "device", measuring)
@@ -216,6 +207,55 @@ def make_plan(
         lines=tuple(lines.made),
         room={"device": room.device, "memory": room.memory, "disk": room.disk},
     )
+
+
+def plan_neurons(model: PreTrainedModel, layer: int, room: Room, *, edits: int = 1_000, offloads: bool = False) -> Plan:
+    """As `make_plan`, for an editor that writes neurons beside one layer: weights and second moments are not in it."""
+    layout = find_layout(model)
+    weight, head = layout.read_weight(model, layer), model.get_parameter(f"{layout.head}.weight")
+    width, pair = head.shape[1], 2 * 4 * head.shape[1] * _TARGET
+    lines = _Lines(room)
+    measuring = count_forward(model, weight.shape[1])
+    on_device = _place_weights(lines, model, room, measuring if offloads else None)
+    chunk = choose_chunk(model, layout, layer, room.device - on_device)
+    lines.add("prepare", f"activations of {BATCH_TOKENS:,} tokens (estimate)", "device", measuring)
+    lines.add("solve", f"keys and values of {edits:,} edits of {_TARGET} tokens, float32", "memory", edits * pair)
+    lines.add("attach", "keys and values where the model answers", "device", edits * pair)
+    lines.add("always", f"pairs of {edits:,} edits, float32", "disk", edits * pair)
+    lines.add("always", "blocks of neurons, float32", "disk", edits * pair)
+    return Plan(
+        family=model.config.model_type,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=(layer,),
+        shapes=((width, width),),
+        spread="single",
+        edits=edits,
+        pair_bytes=pair,
+        layer_bytes=0,
+        chunk_tokens=chunk,
+        hoards=False,
+        lines=tuple(lines.made),
+        room={"device": room.device, "memory": room.memory, "disk": room.disk},
+    )
+
+
+def _place_weights(lines: "_Lines", model: PreTrainedModel, room: Room, at_work: int | None) -> int:
+    """Note where the base's weights lie; bytes of them on the device.
+
+    Args:
+        at_work: bytes that are to stay free there, where blocks that do not fit go elsewhere; None where none does.
+    """
+    total = count_weights(model)
+    if at_work is None:
+        lines.add("always", "weights", "device", total)
+        return total
+    on_device = min(total, max(room.device - at_work, 0))
+    in_memory = 0 if room.shared else min(total - on_device, room.memory // 2)
+    lines.add("always", "weights on the device", "device", on_device)
+    lines.add("always", "weights in main memory, moved block by block", "memory", in_memory)
+    lines.add("always", "weights on the disk, read block by block", "disk", total - on_device - in_memory)
+    return on_device
 
 
 def choose_chunk(model: PreTrainedModel, layout: ModelLayout, top: int, free: int) -> int:

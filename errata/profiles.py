@@ -1,13 +1,13 @@
-"""A profile: where and how strongly to write into one base model (design §5).
+"""A profile: where and how strongly an editor writes into one base model (design §5).
 
-The `prepare` part decides what a pair is; changing it needs a rebase. The `solve` part decides how stored sums become
-weights; changing it only needs a new solve.
+The `prepare` part decides what a pair is; changing it needs a rebase. The `solve` part decides how stored pairs become an artifact;
+changing it only needs a new solve. Each editor has a profile of its own kind: `Profile` is D4S's, `NeuronProfile` iReVa's.
 """
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer, model_validator
 
 from errata.edits import canonical_json, digest_of
 from errata.errors import InputError
@@ -128,7 +128,7 @@ class CalibrationNote(BaseModel):
 
 
 class Profile(BaseModel):
-    """Everything an editor needs to know about one base. Stored under its digest, named by every manifest."""
+    """Everything D4S needs to know about one base. Stored under its digest, named by every manifest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -164,8 +164,139 @@ class Profile(BaseModel):
         return digest_of(self.to_bytes())
 
 
-def require_same_pairs(own: Profile, other: Profile) -> None:
+class Retrofit(BaseModel):
+    """How a neuron is trained after it was initialised, against the base alone (iReVa §4.2, `kv/kn_trainer.py`; algorithms.md §3.1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    theta: float = Field(ge=0, lt=1)
+    """The threshold it is trained under."""
+    gain: float = Field(gt=0)
+    steps: int = Field(default=5, ge=1)
+    lr: float = Field(default=5e-2, gt=0)
+    """AdamW's step size; betas .9 and .99, no weight decay (algorithms.md, resolution M)."""
+    reconstruction: float = Field(default=1e-3, ge=0)
+    """Weight of `mean((x·k − x·k⁰)²)`: the key goes on answering its own input as it did."""
+    irrelevance: float = Field(default=1e-3, ge=0)
+    """Weight of `mean(max(0, x_out·k − b))` over states of texts that the edit is not about."""
+
+
+class NeuronOptions(BaseModel):
+    """How an edit becomes neurons (iReVa §4.1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: int = Field(ge=0)
+    """The layer beside whose MLP neurons answer. A late one: a value is a row of the unembedding, which layers above must leave alone."""
+    max_target_tokens: int = Field(default=16, ge=1)
+    """Longest target. Each of its tokens takes a neuron, and each of those has to fire."""
+    retrofit: Retrofit | None = None
+    """None: neurons stay as they are initialised, which the paper finds within one point of trained ones."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(canonical_json(self.model_dump(mode="json")))
+
+
+class GateOptions(BaseModel):
+    """When neurons answer, and how loudly (design §5)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    theta: float = Field(default=0.75, ge=0, lt=1)
+    """θ: the cosine with its key that an input must exceed for a neuron to fire. The published bias is θ·‖k⁰‖²."""
+    gain: float = Field(default=80.0, gt=0)
+    """How many times its value a neuron adds where the input is its key: `α = gain / ((1 − θ)(d − 1))`. Published: about 80."""
+    gate: Literal["silent", "published"] = "silent"
+    """Below the threshold exactly 0, or GELU as published, which is not silent there where d is small."""
+    pooling: Literal["max", "sum"] = "max"
+    """The neuron that fires most, or all that fire: an ablation of the paper."""
+
+    @property
+    def digest(self) -> str:
+        return digest_of(canonical_json(self.model_dump(mode="json")))
+
+
+class GatePoint(BaseModel):
+    """What one setting of the gate does to the edits of a calibration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: int
+    theta: float
+    gain: float
+    efficacy: float
+    generalization: float | None
+    specificity: float | None
+    score: float
+
+
+class NeuronNote(BaseModel):
+    """How the values of a neuron profile were found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    report: str
+    """Digest of the whole report."""
+    known: int
+    """Facts that the base knew."""
+    edits: int
+    chosen: GatePoint
+    """On edits that the search did not write."""
+    curve: tuple[GatePoint, ...]
+    """By θ, at the chosen layer and gain."""
+
+
+class NeuronProfile(BaseModel):
+    """Everything iReVa needs to know about one base."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    editor: Literal["ireva"] = "ireva"
+    base: str
+    """Digest of the base these values were chosen for."""
+    prepare: NeuronOptions
+    solve: GateOptions
+    origin: str = ""
+    """As in `Profile`."""
+    calibration: NeuronNote | None = None
+
+    @property
+    def max_norm_ratio(self) -> None:
+        """Neurons leave every weight as it is."""
+        return None
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_bytes())
+
+
+AnyProfile = Profile | NeuronProfile
+_READER: TypeAdapter[AnyProfile] = TypeAdapter(AnyProfile)
+
+
+def parse_profile(data: bytes) -> AnyProfile:
+    """A stored profile. Raises pydantic.ValidationError: none that this Errata reads."""
+    return _READER.validate_json(data)
+
+
+def name_editor(profile: AnyProfile) -> str:
+    """The editor that a profile is for."""
+    return profile.editor if isinstance(profile, NeuronProfile) else "d4s"
+
+
+def require_same_pairs(own: AnyProfile, other: AnyProfile) -> None:
     """Raises InputError where pairs that were prepared under one profile are none under the other."""
+    if name_editor(own) != name_editor(other):
+        raise InputError(f"adopt: expected a profile for {name_editor(own)}, found one for {name_editor(other)}: another editor's pairs")
     if own.base != other.base:
         raise InputError(f"adopt: expected a profile of base {own.base[:12]}, found one of {other.base[:12]}; `errata rebase` goes there")
     ours, theirs = own.prepare.model_dump(mode="json"), other.prepare.model_dump(mode="json")

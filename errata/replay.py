@@ -6,23 +6,29 @@ there the solved weights of both are compared in float64, and the stored float32
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from errata.candidates import (
+    Restart,
     adopt_state,
     extend_state,
     load_state,
     merge_refs,
+    name_artifact,
+    reload_state,
     restart_manifest,
     restart_state,
     spell_changes,
     start_manifest,
+    store_artifact,
+    store_state,
     take_snapshot,
 )
-from errata.editors.artifacts import load_artifact
+from errata.editors.artifacts import Parts
 from errata.editors.base import Blobs, Editor
+from errata.editors.kinds import load_artifact
 from errata.edits import digest_of, digest_written
 from errata.errors import BaseMismatchError, EditorError, KeyMissingError, ObjectCorruptError
 from errata.exactness import RELATIVE, measure_gap
@@ -75,6 +81,8 @@ class Replay:
     """Damaged manifests that were made again."""
     _gone: dict[str, FindingState] = field(default_factory=dict)
     """What is damaged, each reported once."""
+    _intact: set[str] = field(default_factory=set)
+    """What was read and found whole."""
     _named: set[str] = field(default_factory=set)
     """Digests that the last commit's manifest names, and its own."""
 
@@ -190,7 +198,7 @@ class Replay:
             except (KeyMissingError, ObjectCorruptError):
                 return None
             if earlier in self._snapshots:
-                point = Point(site.editor.load_state(point.state.to_bytes()), point.recipe, None)
+                point = Point(reload_state(site.editor, point.state), point.recipe, None)
         return point
 
     def _resume(self, entry: Entry, stored: Manifest | None, changes: bytes | None) -> Point | None:
@@ -201,13 +209,14 @@ class Replay:
         layer = stored.layers[0]
         if layer.state.pairs_since and changes is not None and digest_of(changes) == layer.state.pairs_since[-1]:
             self._check(entry.seq, "change list", layer.state.pairs_since[-1], changes)
-        if layer.artifact:
-            self._check(entry.seq, "artifact", layer.artifact, None)
+        for digest in layer.stored:
+            self._check(entry.seq, "artifact", digest, None)
         snapshot = layer.state.snapshot
-        if snapshot is None or layer.state.pairs_since or not self._check(entry.seq, "snapshot", snapshot, None):
+        whole = [self._check(entry.seq, "snapshot", digest, None) for digest in layer.state_stored if not layer.state.pairs_since]
+        if snapshot is None or not whole or not all(whole):
             return None
         self._snapshots.add(entry.seq)
-        return Point(self.editor.load_state(self.blobs.fetch(snapshot)), stored.recipe, stored)
+        return Point(self.editor.load_state(self.blobs.fetch(snapshot), self.blobs.get), stored.recipe, stored)
 
     # What is stored, and whether it is the same
 
@@ -243,18 +252,15 @@ class Replay:
         if changes is None:
             return
         layer = before.manifest.layers[0]
-        artifact = self.editor.solve(reached.state)
-        weights = digest_of(artifact.to_bytes()) if artifact else None
-        since = extend_state(layer.state, changes)
-        for state in (since, take_snapshot(since, digest_written(reached.state.write))):
-            built = layer.model_copy(update={"artifact": weights, "state": state})
+        weights, since = name_artifact(self.editor.solve(reached.state)), extend_state(layer.state, changes)
+        for state in (since, take_snapshot(since, digest_written(reached.state.write), reached.state.parts)):
+            built = layer.model_copy(update={**weights, "state": state})
             yield before.manifest.model_copy(update={"layers": (built,), "recipe": reached.recipe})
 
     def _spell_restart(self, reached: Point, operations: int) -> Manifest:
-        artifact = self.editor.solve(reached.state)
-        weights = artifact.to_bytes() if artifact else None
+        weights = name_artifact(self.editor.solve(reached.state))
         snapshot = digest_written(reached.state.write) if reached.state.count else None
-        return restart_manifest(self.editor, self.base, self.profile, reached.recipe, weights, snapshot, operations)
+        return restart_manifest(self.editor, self.base, self.profile, Restart(reached.state, reached.recipe), weights, snapshot, operations)
 
     def _compare_restart(self, seq: int, before: Point, after: Point, solve: bool) -> None:
         """What a compaction summed anew must be what the log had led to."""
@@ -285,28 +291,32 @@ class Replay:
         self._compare_weights(seq, layer, reached, solve)
         if layer.state.snapshot is None or layer.state.pairs_since:
             return reached
-        data = reached.state.to_bytes()
-        self._check(seq, "snapshot", layer.state.snapshot, data)
+        self._check(seq, "snapshot", layer.state.snapshot, reached.state.to_bytes())
+        self._check_parts(seq, "snapshot", layer.state.parts, reached.state.parts)
         self._snapshots.add(seq)
-        return Point(self.editor.load_state(data), reached.recipe, stored)
+        return Point(reload_state(self.editor, reached.state), reached.recipe, stored)
 
     def _compare_weights(self, seq: int, layer: Layer, reached: Point, solve: bool) -> None:
-        fault = find_fault(self.blobs, layer.artifact) if layer.artifact else None
+        faults = {digest: self._find_fault(digest) for digest in layer.stored}
+        fault = next(filter(None, faults.values()), None)
         if not solve and fault is None:
             return
-        if layer.artifact is not None and (fault == "erased" or seq in self.hollow):
+        if layer.artifact is not None and ("erased" in faults.values() or seq in self.hollow):
             self._report(seq, "artifact", layer.artifact, "erased", "erased")
             return
-        if layer.artifact is not None and fault == "missing" and layer.artifact in self.given_up:
-            self._report(seq, "artifact", layer.artifact, fault, "archived")
+        given_up = [digest for digest, state in faults.items() if state == "missing" and digest in self.given_up]
+        for digest in given_up:
+            self._report(seq, "artifact", digest, "missing", "archived")
+        if given_up:
             return
         artifact = self.editor.solve(reached.state)
         data = artifact.to_bytes() if artifact else None
         ours = digest_of(data) if data else None
         if ours == layer.artifact:
             self.compared["bits"] += 1
-            if data is not None:
+            if artifact is not None and data is not None:
                 self._check(seq, "artifact", digest_of(data), data)
+                self._check_parts(seq, "artifact", layer.parts, artifact.parts)
         elif layer.artifact is None or ours is None:
             found, expected = ("none", "some") if ours else ("some", "none")
             self._note(seq, "artifact", "differs", f"expected {expected}, found {found}", layer.artifact)
@@ -319,7 +329,7 @@ class Replay:
         """Compare weights whose bytes differ."""
         assert layer.artifact is not None
         exact = self.editor.solve_exact(reached.state)
-        gap, bound, how = measure_gap(exact, load_artifact(self.blobs.get(layer.artifact)).deltas), ROUNDING, "float32"
+        gap, bound, how = measure_gap(exact, load_artifact(self.blobs.get(layer.artifact), self.blobs.get).written), ROUNDING, "float32"
         if gap <= bound:
             try:
                 theirs = self.editor.solve_exact(load_state(self.blobs, self.editor, layer.state))
@@ -339,14 +349,24 @@ class Replay:
             return None
         layer = stored.layers[0] if stored else Layer(editor=self.editor.name, editor_version=self.editor.version)
         changed: dict[str, Any] = {}
-        if stored is None or layer.artifact in gone:
-            artifact = self.editor.solve(reached.state)
-            changed["artifact"] = self.blobs.put(artifact.to_bytes()) if artifact else None
-        if stored is None or {layer.state.snapshot, *layer.state.pairs_since} & gone:
-            changed["state"] = take_snapshot(layer.state, self.blobs.put_from(reached.state.write))
+        if stored is None or {*layer.stored} & gone:
+            changed |= store_artifact(self.blobs, self.editor.solve(reached.state))
+        if stored is None or {*layer.state_stored} & gone:
+            changed["state"] = take_snapshot(layer.state, store_state(self.blobs, reached.state), reached.state.parts)
         built = layer.model_copy(update=changed)
         manifest = Manifest(base=self.base, profile=self.profile, layers=(built,), recipe=reached.recipe)
         return Remade(self.blobs.put(manifest.to_bytes()), frozenset(gone))
+
+    def _check_parts(self, seq: int, what: str, stored: Sequence[str], made: Parts) -> None:
+        """As `_check`, for the parts of an object."""
+        for digest in filter(self._find_fault, stored):
+            self._check(seq, what, digest, made[digest]() if digest in made else None)
+
+    def _find_fault(self, digest: str) -> str | None:
+        """As `find_fault`; what was intact before is not read again, since versions share parts."""
+        fault = None if digest in self._intact else find_fault(self.blobs, digest)
+        self._intact |= set() if fault else {digest}
+        return fault
 
     def _check(self, seq: int, what: str, digest: str, data: bytes | None) -> bool:
         """Whether a stored object is intact, or is now.
@@ -354,7 +374,7 @@ class Replay:
         Args:
             data: what the replay makes of it; None where it cannot.
         """
-        fault = find_fault(self.blobs, digest)
+        fault = self._find_fault(digest)
         if fault is None:
             return True
         if fault == "erased" or (fault == "missing" and digest in self.given_up):

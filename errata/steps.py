@@ -65,6 +65,5 @@ class Remade:
 
 def list_named(digest: str, manifest: Manifest | None) -> set[str]:
     """A manifest's own digest and those that it names."""
-    states = [layer.state for layer in manifest.layers] if manifest else []
-    named = {digest, *(manifest.artifacts if manifest else ())}
-    return named | {name for state in states for name in (state.snapshot, *state.pairs_since) if name}
+    layers = manifest.layers if manifest else ()
+    return {digest} | {name for layer in layers for name in (*layer.stored, *layer.state_stored)}

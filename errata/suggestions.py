@@ -6,7 +6,7 @@ Published values were chosen for one model each (GPT-2 XL, GPT-J-6B, Llama-3-8B)
 from dataclasses import dataclass
 
 from errata.builtin import BUILTIN
-from errata.profiles import PrepareOptions, Spread
+from errata.profiles import GateOptions, NeuronOptions, PrepareOptions, Spread
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,28 @@ BUILTIN_SUGGESTION = Suggestion(
     lam=200.0,
     origin="written by hand for the built-in base, measured by benchmarks/edit_quality.py",
 )
+
+_LATE = 46 / 47
+"""iReVa writes beside layer 46 of GPT-2 XL's 48, counted from 0; 34 of 36 and 30 of 32 of the others are the same share (§3.1)."""
+
+
+@dataclass(frozen=True)
+class NeuronSuggestion:
+    """A neuron profile without its base."""
+
+    prepare: NeuronOptions
+    solve: GateOptions
+    origin: str
+
+
+def suggest_neurons(depth: int, *, builtin: bool) -> NeuronSuggestion:
+    """Published values, for a model of `depth` blocks. The published θ and gain are relative to the width, the layer to the depth; nothing
+    else in them knows the model they were chosen for."""
+    origin = "iReVa's values for GPT-2 XL, the layer scaled to depth; not measured on this model"
+    if builtin:
+        origin = "iReVa's values, the layer scaled to depth, measured by benchmarks/neuron_quality.py"
+    return NeuronSuggestion(NeuronOptions(layer=round(_LATE * (depth - 1))), GateOptions(), origin)
+
 
 _CONTEXTS = (
     "{}",

@@ -89,17 +89,19 @@ def main() -> None:
 def init(
     stream: StreamName = None,
     base: Annotated[str, typer.Option(help="'builtin', a model folder, or a Hugging Face id.")] = "builtin",
+    editor: Annotated[str, typer.Option(help="'d4s' writes into weights, 'ireva' adds neurons beside them.")] = "d4s",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
-    profile: Annotated[str | None, typer.Option(help="JSON file with `prepare` options and `lam`, or a stored profile's digest.")] = None,
+    profile: Annotated[str | None, typer.Option(help="JSON file with the editor's options, or a stored profile's digest.")] = None,
     corpus: CorpusPath = None,
 ) -> None:
-    """Make a stream: load the base, measure its second moments, write the first commit."""
+    """Make a stream: load the base, measure what the editor has to know of it, write the first commit."""
     settings = load_settings(stream=stream)
     ready_prefect(settings)
     from tasks.onboarding import start_stream
 
-    made = start_stream(settings, base, revision=revision, profile=profile, corpus=corpus)
-    out.print(f"stream [bold]{made.name}[/] in {escape(made.storage.url)} on base {made.head.base[:12]}, profile {made.head.profile[:12]}")
+    made = start_stream(settings, base, editor=editor, revision=revision, profile=profile, corpus=corpus)
+    placed = f"on base {made.head.base[:12]}, profile {made.head.profile[:12]}"
+    out.print(f"stream [bold]{made.name}[/] in {escape(made.storage.url)}: {editor} {placed}")
     out.print("next: [bold]errata submit FILE[/], then [bold]errata apply[/]")
 
 

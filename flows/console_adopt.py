@@ -28,7 +28,7 @@ def adopt(
     """
     settings, opened = open_here(stream)
     start_prefect(settings)
-    from tasks.onboarding import place_solve
+    from tasks.placing import place_solve
 
     placed = place_solve(settings, opened, profile)
     from flows.adopt import adopt as solve_anew

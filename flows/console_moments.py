@@ -39,7 +39,8 @@ def moments(
     start_prefect(settings)
     from flows.measure import measure_moments
     from tasks.measuring import SHARDS, TOKENS, describe_moments
-    from tasks.onboarding import choose_corpus, choose_layers, place_base
+    from tasks.onboarding import choose_layers, place_base
+    from tasks.placing import choose_corpus
 
     found = place_base(settings, base, revision)
     name, chosen = choose_corpus(found, corpus), choose_layers(found, layers)

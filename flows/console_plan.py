@@ -23,8 +23,9 @@ def add_commands(app: typer.Typer) -> None:
 
 def plan(
     base: Annotated[str, typer.Option(help="'builtin', a model folder, a config.json, or a Hugging Face id.")] = "builtin",
+    editor: Annotated[str, typer.Option(help="'d4s' or 'ireva'.")] = "d4s",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="JSON file with `prepare` options and `lam`.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="JSON file with the editor's options.")] = None,
     edits: Annotated[int, typer.Option(min=1, help="Live at once.")] = 1_000,
     device_memory: Annotated[str | None, typer.Option(metavar="BYTES", help="Plan for a device with so much, such as 24GiB.")] = None,
     as_json: AsJson = False,
@@ -38,6 +39,7 @@ def plan(
     found = plan_source(
         settings,
         base,
+        editor=editor,
         revision=revision,
         profile=None if profile is None else str(profile),
         edits=edits,

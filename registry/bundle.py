@@ -167,12 +167,12 @@ def _list_objects(history: History) -> Iterator[str]:
 def _add_shared(tar: tarfile.TarFile, storage: Storage, base: str, profile: str) -> None:
     taken = set(tar.getnames())
     ref, data = get_base(storage, base), get_profile(storage, base, profile)
-    moments = json.loads(data)["solve"]["moments"]
+    moments = json.loads(data)["solve"].get("moments")  # not every editor has any
     if f"shared/bases/{base}.json" not in taken:
         _add(tar, f"shared/bases/{base}.json", canonical_json(ref))
         for name in sorted(ref.files):
             _add(tar, f"shared/bases/{base}/{name}", get_base_file(storage, ref, name))
-    if f"shared/moments/{moments}" not in taken:
+    if moments and f"shared/moments/{moments}" not in taken:
         _add(tar, f"shared/moments/{moments}", get_moments(storage, moments))
     _add(tar, f"shared/profiles/{base}/{profile}.json", data)
 

@@ -38,21 +38,28 @@ def read_steps(storage: Storage, base: str, search: str) -> Iterator[bytes]:
     return (storage.read(entry.key) for entry in storage.list(_steps_key(base, search)))
 
 
-def store_found(storage: Storage, base: str, moment: datetime, profile: str, report: str, figures: dict[str, bytes]) -> list[str]:
-    """Record that a calibration has ended with a profile; where its figures lie."""
+def store_found(
+    storage: Storage, base: str, editor: str, moment: datetime, profile: str, report: str, figures: dict[str, bytes]
+) -> list[str]:
+    """Record that a calibration has ended with a profile for an editor; where its figures lie."""
     stem = f"{_found_key(base)}{moment:%Y%m%dT%H%M%S%f}-{profile}"
     keys = []
     for name, data in figures.items():
         keys.append(f"{stem}.{name}.png")
         storage.create(keys[-1], data)
-    storage.create(f"{stem}.json", canonical_json({"profile": profile, "report": report}))  # last: it is what is looked for
+    # Last: it is what is looked for.
+    storage.create(f"{stem}.json", canonical_json({"editor": editor, "profile": profile, "report": report}))
     return [f"{storage.url}/{key}" for key in keys]
 
 
-def find_calibrated(storage: Storage, base: str) -> str | None:
-    """Digest of the profile that the newest calibration of a base has found; None where there was none."""
+def find_calibrated(storage: Storage, base: str, editor: str) -> str | None:
+    """Digest of the profile that the newest calibration of a base for an editor has found; None where there was none."""
     keys = [entry.key for entry in storage.list(_found_key(base)) if entry.key.endswith(".json")]
-    return str(json.loads(storage.read(max(keys)))["profile"]) if keys else None
+    for key in sorted(keys, reverse=True):
+        found = json.loads(storage.read(key))
+        if found.get("editor", "d4s") == editor:
+            return str(found["profile"])
+    return None
 
 
 def _steps_key(base: str, search: str) -> str:

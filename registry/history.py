@@ -147,8 +147,9 @@ def list_layers(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What a manifest names, as (what it is, digest)."""
     for layer in manifest.get("layers", ()):
         state = layer.get("state", {})
-        named = [("artifact", layer.get("artifact")), *(("artifact", digest) for digest in layer.get("built_on", ()))]
-        named += [("snapshot", state.get("snapshot")), *(("change list", digest) for digest in state.get("pairs_since", ()))]
+        named = [("artifact", digest) for digest in (layer.get("artifact"), *layer.get("built_on", ()), *layer.get("parts", ()))]
+        named += [("snapshot", digest) for digest in (state.get("snapshot"), *state.get("parts", ()))]
+        named += [("change list", digest) for digest in state.get("pairs_since", ())]
         yield from ((what, digest) for what, digest in named if digest)
 
 

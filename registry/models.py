@@ -7,14 +7,14 @@ goes on from there. MLflow has no compare-and-swap, so who moves the alias reads
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from errata.edits import digest_of
 from errata.errors import RegistryError, UnknownNameError
 from registry.packaging import build_model
-from registry.release import Release, Version, name_weights, tag_release
+from registry.release import Release, Version, name_part, name_weights, tag_release
 from registry.runs import Runs
 
 # isort: split
@@ -30,6 +30,7 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 """The version that waits for `errata approve`."""
 _PLOT = "norms.png"
+_PARTS = "parts"
 
 _PAGE = 10_000
 _LOOKED_AT = 20
@@ -127,6 +128,29 @@ class ModelRegistry(Runs):
         with self.reporting(f"remove {stream}@{alias}"):
             self.client.delete_registered_model_alias(stream, alias)
 
+    def read_part(self, stream: str, digest: str) -> bytes:
+        """A part of the artifacts of a stream's versions, as MLflow has it.
+
+        Raises:
+            RegistryError: it cannot be read, or is not what was stored.
+        """
+        with self.reporting(f"read part {digest[:12]} of {stream}"), tempfile.TemporaryDirectory() as temporary:
+            run = self._claim_parts(stream).info.run_id
+            where = {"run_id": run, "artifact_path": f"{_PARTS}/{name_part(digest)}", "tracking_uri": self.tracking_uri}
+            data = Path(artifacts.download_artifacts(dst_path=temporary, **where)).read_bytes()
+        if (found := digest_of(data)) != digest:
+            raise RegistryError(f"part of {stream}: expected bytes with sha256 {digest}, read back some with {found}")
+        return data
+
+    def remove_parts(self, stream: str, digests: Iterable[str]) -> None:
+        """Remove parts that hold something erased, where they are there. Safe to repeat."""
+        with self.reporting(f"remove what was erased from the parts of {stream}"):
+            run = self._claim_parts(stream)
+            store = get_artifact_repository(run.info.artifact_uri)
+            there = {item.path for item in self.client.list_artifacts(run.info.run_id, _PARTS)}
+            for path in sorted({f"{_PARTS}/{name_part(digest)}" for digest in digests} & there):
+                store.delete_artifacts(path)  # type: ignore[no-untyped-call]
+
     def read_artifacts(self, version: Version) -> list[bytes]:
         """The artifacts of a version as MLflow has them, in order of application.
 
@@ -196,9 +220,11 @@ class ModelRegistry(Runs):
             self.client.set_model_version_tag(version.stream, str(version.number), "errata.archived", told)
             self._remove_weights(version)
 
-    def restore_version(self, version: Version, weights: Sequence[bytes]) -> None:
-        """Give an archived version its weights again, in order of application. Safe to repeat."""
+    def restore_version(self, version: Version, weights: Sequence[bytes], parts: Sequence[str], read_part: Callable[[str], bytes]) -> None:
+        """Give an archived version its weights again, in order of application, and their parts. Safe to repeat."""
         with self.reporting(f"restore {version.uri}"), tempfile.TemporaryDirectory() as temporary:
+            if parts:
+                self._add_parts(self._claim_parts(version.stream), parts, read_part)
             store = self._open_weights(version)
             for name, data in name_weights(weights):
                 Path(temporary, name).write_bytes(data)
@@ -230,11 +256,11 @@ class ModelRegistry(Runs):
         return next((model for model in models if model.status == "READY"), None)
 
     def _log_model(self, run: Run, release: Release) -> LoggedModel:
-        reference = self._refer_to_base(release)
+        reference, parts = self._refer_to_base(release), self._refer_to_parts(release)
         tags = {"errata.commit": str(release.commit)}
         model = self.client.create_logged_model(run.info.experiment_id, f"commit-{release.commit}", run.info.run_id, tags)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = build_model(Path(temporary), release, reference, run.info.run_id, model.model_id)
+            folder = build_model(Path(temporary), release, reference, parts, run.info.run_id, model.model_id)
             self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=release.commit)])
         return self.client.finalize_logged_model(model.model_id, "READY")
@@ -254,6 +280,32 @@ class ModelRegistry(Runs):
                 self.client.log_artifact(run.info.run_id, str(release.base_folder / name), "base")
             self.client.set_terminated(run.info.run_id)
         return {"kind": ref.kind, "digest": ref.digest, "uri": f"runs:/{run.info.run_id}/base"}
+
+    def _refer_to_parts(self, release: Release) -> str | None:
+        """Where the parts of a version's artifacts are: in one run of the stream, each once, whatever the number of versions."""
+        wanted = dict.fromkeys(digest for own in release.parts for digest in own)
+        if not wanted:
+            return None
+        run = self._claim_parts(release.stream)
+        self._add_parts(run, wanted, release.read_part)
+        return f"runs:/{run.info.run_id}/{_PARTS}"
+
+    def _claim_parts(self, stream: str) -> Run:
+        note = "Every model version of this stream reads these files. Do not delete this run."
+        tags = {"errata.parts": stream, "mlflow.note.content": note}
+        return self.claim_run(f"errata/streams/{stream}", "parts", "errata.parts", tags)
+
+    def _add_parts(self, run: Run, wanted: Iterable[str], read: Callable[[str], bytes]) -> None:
+        there = {item.path.rpartition("/")[2] for item in self.client.list_artifacts(run.info.run_id, _PARTS)}
+        with tempfile.TemporaryDirectory() as temporary:
+            for digest in wanted:
+                if name_part(digest) not in there:
+                    path = Path(temporary, name_part(digest))
+                    path.write_bytes(read(digest))
+                    self.client.log_artifact(run.info.run_id, str(path), _PARTS)
+                    path.unlink()
+        if run.info.status != "FINISHED":
+            self.client.set_terminated(run.info.run_id)
 
     def _fill_run(self, run: Run, release: Release) -> None:
         """Log everything else of a commit. Repeating it changes nothing; the run is finished once it is all there."""

@@ -33,7 +33,7 @@ _SIGNATURE = ModelSignature(
 )
 
 
-def build_model(work: Path, release: Release, reference: Mapping[str, str | None], run_id: str, model_id: str) -> Path:
+def build_model(work: Path, release: Release, reference: Mapping[str, str | None], parts: str | None, run_id: str, model_id: str) -> Path:
     """The version's folder in MLflow's format: the record and artifacts of the commit, and code that loads them anywhere."""
     folder = work / "model"
     with warnings.catch_warnings():
@@ -41,7 +41,7 @@ def build_model(work: Path, release: Release, reference: Mapping[str, str | None
         pyfunc.save_model(
             path=str(folder),
             python_model=str(copy_code(work)),
-            artifacts={"version": str(write_version(work, release, reference))},
+            artifacts={"version": str(write_version(work, release, reference, parts))},
             code_paths=[str(work / "errata")],
             model_config={"device": "auto"},
             signature=_SIGNATURE,

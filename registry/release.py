@@ -8,17 +8,19 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import errata.errors
 from errata.edits import digest_of
 from registry.shared import BaseRef
 
 _REQUIREMENTS = ("mlflow", "numpy", "safetensors", "torch", "transformers")
-_CLOSURE = ("__init__.py", "errors.py", "redaction.py", "modeling", "editors/__init__.py", "editors/artifacts.py")
+_EDITORS = ("__init__.py", "artifacts.py", "kinds.py", "neurons.py")
+_CLOSURE = ("__init__.py", "errors.py", "redaction.py", "modeling", "retrieval", *(f"editors/{name}" for name in _EDITORS))
 """What `served_model.py` imports of the package `errata`, directly or not. A test follows the imports."""
 _HEADLINES = ("efficacy", "held_out.generalization", "held_out.specificity", "held_out.score", "retention", "locality.kl")
 """Metrics that are tags of the version, too: what one wants to see in a list of versions."""
@@ -39,6 +41,10 @@ class Release:
     """Where the base's files are; None for a hub base."""
     artifacts: Sequence[bytes]
     """In order of application; empty for the base itself."""
+    parts: Sequence[Sequence[str]]
+    """Per artifact, digests of the objects that it consists of besides itself, which versions share."""
+    read_part: Callable[[str], bytes]
+    """Digest → bytes of a part."""
     counts: Mapping[str, int]
     """Become tags: `edits_live` → `errata.edits_live`."""
     parameters: Mapping[str, str | int | float | bool]
@@ -89,19 +95,21 @@ def tag_release(release: Release) -> dict[str, str]:
     return {f"errata.{key}": value for key, value in tags.items()}
 
 
-def write_version(work: Path, release: Release, reference: Mapping[str, str | None]) -> Path:
+def write_version(work: Path, release: Release, reference: Mapping[str, str | None], parts: str | None) -> Path:
     """The folder `version` in `work`: the commit's record and artifacts.
 
     Args:
         reference: `kind` and `digest` of the base, with `source` and `revision` on the hub or the `uri` of its files.
+        parts: where the parts of the artifacts are; None where they have none, which is format 1.
     """
     folder = work / "version"
     folder.mkdir()
-    layers = []
-    for name, data in name_weights(release.artifacts):
+    layers: list[dict[str, Any]] = []
+    for (name, data), own in zip(name_weights(release.artifacts), release.parts, strict=True):
         (folder / name).write_bytes(data)
-        layers.append({"file": name, "digest": digest_of(data)})
-    record = {"format": 1, "stream": release.stream, "commit": release.commit, "manifest": release.manifest, "recipe": release.recipe}
+        layers.append({"file": name, "digest": digest_of(data), **({"parts": list(own)} if own else {})})
+    record: dict[str, Any] = {"format": 1} if parts is None else {"format": 2, "parts": parts}
+    record |= {"stream": release.stream, "commit": release.commit, "manifest": release.manifest, "recipe": release.recipe}
     (folder / "version.json").write_text(json.dumps({**record, "base": reference, "layers": layers}, indent=1, sort_keys=True))
     return folder
 
@@ -109,6 +117,11 @@ def write_version(work: Path, release: Release, reference: Mapping[str, str | No
 def name_weights(weights: Sequence[bytes]) -> list[tuple[str, bytes]]:
     """The files of a version's weights, in order of application."""
     return [(f"{index}.safetensors", data) for index, data in enumerate(weights)]
+
+
+def name_part(digest: str) -> str:
+    """The file of a part."""
+    return f"{digest}.safetensors"
 
 
 def copy_code(work: Path) -> Path:

@@ -23,7 +23,7 @@ from mlflow.pyfunc.model import PythonModel
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from errata.editors.artifacts import load_artifact
+from errata.editors.kinds import load_artifact
 from errata.errors import BaseMismatchError, FormatError, InputError, ModelError, ObjectCorruptError
 from errata.modeling.loading import Base, load_base
 from errata.modeling.patch import attach
@@ -49,6 +49,7 @@ class _Service:
     _base: Base
     _version: _Version
     _stream: str
+    _parts: "_Parts"
 
     def load_context(self, context: Any) -> None:
         """Called by MLflow on load. `model_config={"device": "cuda:1"}` of `load_model` says where the model runs; `auto` otherwise."""
@@ -56,7 +57,8 @@ class _Service:
         record = _read_record(folder)
         self._stream = record["stream"]
         self._base = _load_reference(record["base"], context.model_config["device"])
-        self._version = _assemble(self._base, folder, record)
+        self._parts = _Parts()
+        self._version = _assemble(self._base, folder, record, self._parts)
 
     # No type hints here: MLflow would make them the signature and drop the parameters of the logged one.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
@@ -109,7 +111,7 @@ class _Service:
             if record["base"]["digest"] != self._base.digest:
                 found = record["base"]["digest"]
                 raise BaseMismatchError(f"{uri}: expected a version for the base {self._base.digest[:12]} in memory, found {found[:12]}")
-            self._version = _assemble(self._base, files, record)
+            self._version = _assemble(self._base, files, record, self._parts)
         return self._version.commit
 
 
@@ -122,8 +124,8 @@ class ServedModel(_Service, PythonModel):
 
 def _read_record(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((folder / "version.json").read_text())
-    if record["format"] != 1:
-        raise FormatError(f"{folder}: expected a version of format 1, found {record['format']!r}: load it anew instead of updating")
+    if record["format"] not in (1, 2):
+        raise FormatError(f"{folder}: expected a version of format 1 or 2, found {record['format']!r}: load it anew instead of updating")
     return record
 
 
@@ -146,13 +148,42 @@ def _load_reference(reference: dict[str, Any], device: str) -> Base:
     return load_base(folder, device=device, expect=reference["digest"])
 
 
-def _assemble(base: Base, folder: Path, record: dict[str, Any]) -> _Version:
+class _Parts:
+    """Files that versions share, each downloaded once for as long as the service lives."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="errata-parts-")
+
+    def read(self, uri: str, digest: str) -> bytes:
+        """
+        Raises:
+            ModelError: it is not there.
+            ObjectCorruptError: its bytes are not those that were stored.
+        """
+        name = f"{digest}.safetensors"
+        kept = Path(self._folder.name) / "parts" / name
+        run, _, path = uri.removeprefix("runs:/").partition("/")
+        try:
+            if not kept.is_file():
+                mlflow.artifacts.download_artifacts(run_id=run, artifact_path=f"{path}/{name}", dst_path=self._folder.name)
+            data = kept.read_bytes()
+        except Exception as error:
+            raise ModelError(f"part {digest[:12]}: expected its file at {uri} of {mlflow.get_tracking_uri()}: {error}") from error
+        _check(data, digest, name)
+        return data
+
+
+def _check(data: bytes, digest: str, where: str) -> None:
+    if (found := hashlib.sha256(data).hexdigest()) != digest:
+        raise ObjectCorruptError(f"{where}: expected sha256 {digest}, found {found}")
+
+
+def _assemble(base: Base, folder: Path, record: dict[str, Any], parts: _Parts) -> _Version:
     artifacts = []
     for layer in record["layers"]:
         data = (folder / layer["file"]).read_bytes()
-        if (found := hashlib.sha256(data).hexdigest()) != layer["digest"]:
-            raise ObjectCorruptError(f"{layer['file']} of commit {record['commit']}: expected sha256 {layer['digest']}, found {found}")
-        artifacts.append(load_artifact(data))
+        _check(data, layer["digest"], f"{layer['file']} of commit {record['commit']}")
+        artifacts.append(load_artifact(data, lambda digest: parts.read(record["parts"], digest)))
     edited = _share(base)
     attached = attach(edited, artifacts)
     attached.__enter__()

@@ -119,7 +119,8 @@ def _check_bundle(source: Path) -> _Checked:
                 _check_digest(data, wanted, where)
             case ["shared", "profiles", _, file]:
                 _check_digest(data, file.removesuffix(".json"), where)
-                _require(seen, f"shared/moments/{_find_moments(data, where)}", where)
+                if moments := _find_moments(data, where):
+                    _require(seen, f"shared/moments/{moments}", where)
             case ["shared", "moments", digest] | ["objects", digest]:
                 _check_digest(data, digest, where)
             case ["contents.json"]:
@@ -205,11 +206,13 @@ def _require(seen: set[str], key: str, where: str) -> None:
         raise InputError(f"{where}: expected {key} in the bundle, found none; nothing was written")
 
 
-def _find_moments(profile: bytes, where: str) -> str:
+def _find_moments(profile: bytes, where: str) -> str | None:
+    """The second moments that a profile names; None for an editor without any."""
     try:
-        return str(json.loads(profile)["solve"]["moments"])
-    except (ValueError, KeyError, TypeError):
-        raise FormatError(f"{where}: expected a profile that names its second moments, found none") from None
+        found = json.loads(profile)["solve"].get("moments")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FormatError(f"{where}: expected a profile with a solve part, found none") from None
+    return None if found is None else str(found)
 
 
 def _parse(model: type[_M], data: bytes, where: str) -> _M:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from errata.editors.base import Editor
@@ -18,8 +19,8 @@ from errata.editors.catalogue import make_editor
 from errata.editors.d4s.moments import Moments
 from errata.manifests import Manifest
 from errata.modeling.loading import Base, load_base
-from errata.plan import Plan, can_hoard, choose_chunk, count_weights, find_room, make_plan
-from errata.profiles import Profile
+from errata.plan import Plan, Room, can_hoard, choose_chunk, count_weights, find_room, make_plan, plan_neurons
+from errata.profiles import AnyProfile, Profile, parse_profile
 from errata.settings import Settings, load_settings
 from registry.objects import drop_stale
 from registry.shared import BaseRef, fetch_base, fetch_moments, get_base, get_profile
@@ -35,7 +36,7 @@ class Model:
     folder: Path | None
     """Local files of the base; None for one that is named by hub id."""
     base: Base
-    profile: Profile
+    profile: AnyProfile
     editor: Editor[Any]
 
 
@@ -58,11 +59,14 @@ def load_under(settings: Settings, stream: Stream, manifest: Manifest) -> Model:
 def load_named(settings: Settings, storage: Storage, base_digest: str, profile_digest: str, editor: str) -> Model:
     """As `load_model`, for what a root holds under these digests."""
     ref, folder, base = find_stored(settings, storage, base_digest, settings.device)
-    profile = Profile.model_validate_json(get_profile(storage, base_digest, profile_digest))
-    moments = Moments.load(fetch_moments(storage, profile.solve.moments, settings.cache))
-    limits = limit_editor(settings, base, profile.prepare.layers)
-    made = make_editor(editor, profile, moments, base.layout, **limits)
-    return Model(ref, folder, base, profile, made)
+    profile = parse_profile(get_profile(storage, base_digest, profile_digest))
+    return Model(ref, folder, base, profile, open_editor(settings, storage, editor, base, profile))
+
+
+def open_editor(settings: Settings, storage: Storage, name: str, base: Base, profile: AnyProfile) -> Editor[Any]:
+    """An editor with what a root holds for it, within what this machine has room for. Raises as `make_editor`."""
+    moments = Moments.load(fetch_moments(storage, profile.solve.moments, settings.cache)) if isinstance(profile, Profile) else None
+    return make_editor(name, profile, moments, base.layout, **limit_editor(settings, base, profile.prepare.layers))
 
 
 def limit_editor(settings: Settings, base: Base, layers: Sequence[int]) -> dict[str, Any]:
@@ -85,12 +89,18 @@ def plan_model(settings: Settings, model: Model, edits: int) -> Plan:
         ModelError: there is no room for it.
     """
     room = find_room(model.base.device, free_disk(settings))
-    own = count_weights(model.base.model)  # in memory already, so not among what is free
+    own, offloads = count_weights(model.base.model), settings.device_map is not None  # in memory already, so not among what is free
     room = room._replace(device=room.device + own, memory=room.memory + own if room.shared else room.memory)
-    layers, spread = model.profile.prepare.layers, model.profile.solve.spread
-    plan = make_plan(model.base.model, layers, spread, room, edits=edits, offloads=settings.device_map is not None)
+    plan = plan_profile(model.base.model, model.profile, room, edits=edits, offloads=offloads)
     plan.require_fit()
     return plan
+
+
+def plan_profile(model: PreTrainedModel, profile: AnyProfile, room: Room, *, edits: int, offloads: bool) -> Plan:
+    """What so many edits take under a profile, of whatever editor. Arguments as of `make_plan`."""
+    if isinstance(profile, Profile):
+        return make_plan(model, profile.prepare.layers, profile.solve.spread, room, edits=edits, offloads=offloads)
+    return plan_neurons(model, profile.prepare.layer, room, edits=edits, offloads=offloads)
 
 
 def free_disk(settings: Settings) -> int:

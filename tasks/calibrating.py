@@ -208,7 +208,7 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
     )
     digest = put_profile(storage, base, profile.to_bytes())
     drawn = {"curve": draw_curve(report)} | ({"trace": draw_trace(report.trace)} if report.trace else {})
-    figures = store_found(storage, base, datetime.now(UTC), digest, stored, drawn)
+    figures = store_found(storage, base, "d4s", datetime.now(UTC), digest, stored, drawn)
     runs = _open_runs(settings, base, search)
     note = profile.calibration
     assert note is not None, "it was written just now"

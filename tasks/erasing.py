@@ -5,7 +5,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
-from errata.candidates import load_state, read_pairs
+from errata.candidates import load_state, read_pairs, store_artifact, store_state, take_snapshot
 from errata.editors.base import Pairs
 from errata.edits import Submission
 from errata.errors import ErasedError, InputError, StorageError
@@ -41,7 +41,8 @@ def erase(stream: str, edits: list[str], reason: str) -> ErasureSummary:
     if wanted.quotes(reason):
         raise InputError("erase: expected a reason that does not quote what is erased: commits are never rewritten")
     manifest, gap = restate_head(settings, opened, wanted.ids)
-    record = plan_erasure(opened, survey, [*manifest.artifacts, manifest.layers[0].state.snapshot or ""], erase_rows, find_lines)
+    layer = manifest.layers[0]
+    record = plan_erasure(opened, survey, [*layer.stored, *layer.state_stored], erase_rows, find_lines)
     said = f"commit {record.seq}: {reason}" if reason else f"commit {record.seq}"
     outcomes = draft_tombstones(opened, wanted.ids, said)
     if not (outcomes or record.objects or record.inbox):
@@ -104,13 +105,12 @@ def restate_head(settings: Settings, stream: Stream, ids: frozenset[str]) -> tup
         raise InputError("erase: expected the state of the newest commit whole, found part of it erased; `errata rebuild` tells") from None
     if gap > RELATIVE:
         raise InputError(f"erase: expected the weights to be those of the live edits, found them {gap:.1e} apart; `errata rebuild` tells")
-    artifact = editor.solve(state)
     built = Layer(
         editor=layer.editor,
         editor_version=layer.editor_version,
-        artifact=stream.objects.put(artifact.to_bytes()) if artifact else None,
         built_on=layer.built_on,
-        state=StateRef(snapshot=stream.objects.put_from(state.write)),
+        state=take_snapshot(StateRef(), store_state(stream.objects, state), state.parts),
+        **store_artifact(stream.objects, editor.solve(state)),
     )
     return head.model_copy(update={"layers": (built, *head.layers[1:])}), gap
 
@@ -163,6 +163,7 @@ def hide_versions(settings: Settings, stream: Stream) -> int:
             data = stream.objects.get(report) if report else None
             registry.hide_version(version, erasure.record.seq, weights=seq in erasure.record.commits, report=data)
             touched += 1
+        registry.remove_parts(stream.name, [gone.digest for gone in erasure.record.objects])
     return touched
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from errata.candidates import load_artifacts
-from errata.editors.artifacts import WeightDelta
+from errata.editors.artifacts import Artifact
 from errata.edits import Edit
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.gate import decide
@@ -55,7 +55,7 @@ def measure_candidate(
     settings: Settings,
     stream: Stream,
     model: Model,
-    artifacts: Sequence[WeightDelta],
+    artifacts: Sequence[Artifact],
     edits: Sequence[Edit],
     retained: Sequence[Edit],
     **known: Any,

@@ -96,7 +96,9 @@ def restore_version(stream: str, to: int) -> int | None:
     registry = open_registry(settings)
     version = registry.find_version(opened.name, commit.seq)
     if version is not None:
-        registry.restore_version(version, [opened.objects.get(digest) for digest in manifest.artifacts])
+        weights = [opened.objects.get(digest) for digest in manifest.artifacts]
+        parts = [digest for layer in manifest.layers for digest in layer.parts]
+        registry.restore_version(version, weights, parts, opened.objects.get)
     notes.remove(commit.seq)
     return commit.seq
 

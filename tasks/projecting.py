@@ -3,13 +3,15 @@
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from errata.editors.artifacts import load_artifact
+from errata.editors.artifacts import Fetch
+from errata.editors.kinds import load_artifact
 from errata.errors import ErasedError, RegistryError
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
@@ -140,6 +142,8 @@ def build_release(settings: Settings, stream: Stream, commit: AcceptedCommit, wo
         base=model.ref,
         base_folder=model.folder,
         artifacts=[stream.objects.get(digest) for digest in manifest.artifacts],
+        parts=[layer.parts for layer in manifest.layers if layer.artifact],
+        read_part=stream.objects.get,
         counts=counts,
         parameters=parameters,
         metrics=metrics | {f"seconds.{name}": value for name, value in commit.seconds.items()},
@@ -166,13 +170,13 @@ def verify_version(settings: Settings, stream: Stream, registry: ModelRegistry, 
     manifest = read_manifest(stream, stream.log.read(version.commit).manifest or "")
     base = load_under(settings, stream, manifest).base
     accepted = [stream.objects.get(digest) for digest in manifest.artifacts]
-    verify_logits(registry, version, _answer(base, accepted), lambda stored: _answer(base, stored))
+    verify_logits(registry, version, _answer(base, accepted, stream.objects.get), partial(_answer, base))
 
 
 @torch.inference_mode()
-def _answer(base: Base, artifacts: Sequence[bytes]) -> np.ndarray[Any, Any]:
+def _answer(base: Base, artifacts: Sequence[bytes], fetch: Fetch) -> np.ndarray[Any, Any]:
     """Logits [prompts, vocab] after a few fixed texts."""
-    with attach(base, [load_artifact(data) for data in artifacts]):
+    with attach(base, [load_artifact(data, fetch) for data in artifacts]):
         logits = []
         for text in PROBE_TEXTS[:_PROMPTS]:
             ids = torch.tensor([encode_prompt(base.tokenizer, text)], device=base.device)

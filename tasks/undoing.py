@@ -247,8 +247,8 @@ def _stays(outcome: Outcome) -> bool:
 def _require_objects(stream: Stream, seq: int, manifest: Manifest) -> None:
     """Whoever builds on a manifest reads its artifact and its state; better to learn now than then that they are gone."""
     for layer in manifest.layers:
-        for digest in (layer.artifact, layer.state.snapshot, *layer.state.pairs_since):
-            if digest is not None and not stream.objects.exists(digest):
+        for digest in (*layer.stored, *layer.state_stored):
+            if not stream.objects.exists(digest):
                 if seq in open_archived(stream.storage, stream.name):
                     raise InputError(f"rollback: expected weights of commit {seq}, found it archived; `errata rebuild --to {seq}` first")
                 raise KeyMissingError(f"rollback: expected commit {seq} with everything its manifest names, found no object {digest}")

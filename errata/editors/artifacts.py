@@ -1,10 +1,10 @@
 """What an editor hands over: frozen, attachable, safetensors on disk. This module travels inside every MLflow version."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,39 @@ from errata.modeling.patch import add_deltas
 
 _FORMAT = 1
 
+Fetch = Callable[[str], bytes]
+"""The bytes of a digest."""
+Parts = Mapping[str, Callable[[], bytes]]
+"""Digest → how to get its bytes. Equal parts of many versions are stored once."""
+
+
+class Artifact(Protocol):
+    """Anything an editor hands over."""
+
+    @property
+    def base(self) -> str:
+        """Digest of the base that it may be put on."""
+        ...
+
+    @property
+    def deltas(self) -> Mapping[str, torch.Tensor]:
+        """Parameter name → what is added to it [d_out, d_in]; empty where every weight stays as it is."""
+        ...
+
+    @property
+    def written(self) -> Mapping[str, torch.Tensor]:
+        """What `Editor.solve_exact` names, as it is stored."""
+        ...
+
+    @property
+    def parts(self) -> Parts:
+        """What it has in objects of their own, which its bytes name."""
+        ...
+
+    def attach(self, base: Base) -> AbstractContextManager[None]: ...
+
+    def to_bytes(self) -> bytes: ...
+
 
 @dataclass(frozen=True)
 class WeightDelta:
@@ -26,6 +59,14 @@ class WeightDelta:
     deltas: Mapping[str, torch.Tensor]
     """Parameter name → Δ [d_out, d_in] float32."""
 
+    @property
+    def written(self) -> Mapping[str, torch.Tensor]:
+        return self.deltas
+
+    @property
+    def parts(self) -> Parts:
+        return {}
+
     def attach(self, base: Base) -> AbstractContextManager[None]:
         """See `errata.modeling.patch.add_deltas`."""
         return add_deltas(base, self.deltas)
@@ -34,15 +75,11 @@ class WeightDelta:
         tensors = {name: delta.detach().float().contiguous().cpu() for name, delta in self.deltas.items()}
         return pack_tensors("weight_delta", _FORMAT, tensors, {"base": self.base})
 
-
-def load_artifact(data: bytes) -> WeightDelta:
-    """An artifact from its bytes.
-
-    Raises:
-        FormatError: not safetensors, another kind, or a newer format.
-    """
-    tensors, metadata = unpack_tensors(data, "weight_delta", _FORMAT)
-    return WeightDelta(metadata["base"], tensors)
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Raises FormatError: not safetensors, another kind, or a newer format."""
+        tensors, metadata = unpack_tensors(data, "weight_delta", _FORMAT)
+        return cls(metadata["base"], tensors)
 
 
 def pack_tensors(kind: str, version: int, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> bytes:
@@ -70,15 +107,25 @@ def unpack_tensors(data: bytes, kind: str, version: int) -> tuple[dict[str, torc
         raise FormatError(f"expected safetensors of kind {kind!r}, found bytes that cannot be read as such ({error})") from None
 
 
+def read_kind(data: bytes) -> str:
+    """The kind that `pack_tensors` was told. Raises FormatError: not safetensors of ours."""
+    return str(_read_ours(data, "ours").get("kind"))
+
+
 def read_metadata(data: bytes, kind: str, version: int) -> dict[str, Any]:
     """The metadata of `pack_tensors`; of `data` only the beginning, with the header, is read. Raises as `unpack_tensors`."""
-    try:
-        length = int.from_bytes(data[:8], "little")
-        metadata: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["errata"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"expected safetensors of kind {kind!r}, found bytes that cannot be read as such ({error})") from None
+    metadata = _read_ours(data, f"kind {kind!r}")
     if metadata.get("kind") != kind:
         raise FormatError(f"expected safetensors of kind {kind!r}, found {metadata.get('kind')!r}")
     if metadata.get("format") != version:
         raise FormatError(f"expected {kind} of format {version}, found {metadata.get('format')!r}: written by another Errata")
+    return metadata
+
+
+def _read_ours(data: bytes, wanted: str) -> dict[str, Any]:
+    try:
+        length = int.from_bytes(data[:8], "little")
+        metadata: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["errata"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"expected safetensors of {wanted}, found bytes that cannot be read as such ({error})") from None
     return metadata

@@ -4,13 +4,14 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self, TypeVar
 
 import torch
 
-from errata.editors.artifacts import WeightDelta, pack_tensors, unpack_tensors
+from errata.editors.artifacts import Artifact, Fetch, Parts, pack_tensors, unpack_tensors
 from errata.edits import Edit
 from errata.errors import BaseMismatchError, EditorError
 from errata.modeling.loading import Base
@@ -41,7 +42,10 @@ class Blobs(Protocol):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Keys and residuals of n edits, float32, as they are stored: sums are built from exactly these values."""
+    """Keys and residuals of n pairs, float32, as they are stored: artifacts are built from exactly these values.
+
+    A pair is one line, or several of an editor that writes a target token by token: `sizes`.
+    """
 
     base: str
     """Digest of the base they were read from."""
@@ -50,47 +54,60 @@ class Pairs:
     owners: tuple[tuple[str, ...], ...]
     """Row → ids of the edits it carries, one or more."""
     residuals: torch.Tensor
-    """[n, d_out] float32: z − h at the output of the last edited layer."""
+    """[lines, d_out] float32: what is to be added to the output. D4S: z − h at the last edited layer; iReVa: the values of neurons."""
     keys: Mapping[int, torch.Tensor]
-    """Layer → [n, d_in] float32: inputs of the edited projection at the site."""
+    """Layer → [lines, d_in] float32: the input it is to be added at."""
     erased: tuple[str | None, ...] = ()
     """Row → the digest it had before it was erased, None where it was not; empty where no row was. An erased row is zero: it adds nothing
     and takes nothing away, and its digest keeps the chain of the recipe whole."""
+    sizes: tuple[int, ...] = ()
+    """Row → how many lines it has, one after the other; empty where each has one."""
+    scopes: tuple[str, ...] = ()
+    """Row → digest of the subject its edit is about, for an editor that asks for it; empty for others. Empty in a row that was erased."""
 
     def __len__(self) -> int:
         return len(self.owners)
 
+    @property
+    def starts(self) -> list[int]:
+        """Row → its first line; one more, the end."""
+        return list(accumulate(self.sizes, initial=0)) if self.sizes else list(range(len(self) + 1))
+
     def take(self, rows: Sequence[int]) -> Self:
         """The rows named, in that order."""
-        index = torch.tensor(rows, dtype=torch.long)
+        starts = self.starts
+        index = torch.tensor([line for row in rows for line in range(starts[row], starts[row + 1])], dtype=torch.long)
         keys = {layer: keys[index] for layer, keys in self.keys.items()}
         owners, erased = tuple(self.owners[row] for row in rows), tuple(self.erased[row] for row in rows) if self.erased else ()
-        return type(self)(self.base, self.prepare, owners, self.residuals[index], keys, erased if any(erased) else ())
+        taken = replace(self, owners=owners, residuals=self.residuals[index], keys=keys, erased=erased if any(erased) else ())
+        sizes = tuple(self.sizes[row] for row in rows) if self.sizes else ()
+        return replace(taken, sizes=sizes, scopes=tuple(self.scopes[row] for row in rows) if self.scopes else ())
 
     def erase(self, rows: Sequence[int]) -> Self:
         """The same rows under the same numbers, those named all zero."""
-        digests, gone = self.digest_rows(), set(rows)
-        kept = torch.tensor([[row not in gone] for row in range(len(self))])
+        digests, gone, starts = self.digest_rows(), set(rows), self.starts
+        kept = torch.tensor([[row not in gone] for row in range(len(self)) for _ in range(starts[row], starts[row + 1])])
         keys = {layer: torch.where(kept, keys, 0.0) for layer, keys in self.keys.items()}
         before = self.erased or (None,) * len(self)
         erased = tuple(digests[row] if row in gone else before[row] for row in range(len(self)))
-        return type(self)(self.base, self.prepare, self.owners, torch.where(kept, self.residuals, 0.0), keys, erased)
+        scopes = tuple("" if row in gone else scope for row, scope in enumerate(self.scopes))
+        return replace(self, residuals=torch.where(kept, self.residuals, 0.0), keys=keys, erased=erased, scopes=scopes)
 
     def digest_rows(self) -> list[str]:
         """One digest per row over owners, residual and keys: equal wherever the row is stored, in whatever object."""
-        digests = []
+        digests, starts = [], self.starts
         for row, owners in enumerate(self.owners):
             if self.erased and (known := self.erased[row]):
                 digests.append(known)
                 continue
             digest = hashlib.sha256(json.dumps([self.base, self.prepare, owners]).encode())
             for tensor in (self.residuals, *(self.keys[layer] for layer in sorted(self.keys))):
-                digest.update(tensor[row].contiguous().numpy().tobytes())
+                digest.update(tensor[starts[row] : starts[row + 1]].contiguous().numpy().tobytes())
             digests.append(digest.hexdigest())
         return digests
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """`r` [n, d_out] and `k.<layer>` [n, d_in], as they are stored."""
+        """`r` [lines, d_out] and `k.<layer>` [lines, d_in], as they are stored."""
         tensors = {"r": self.residuals, **{f"k.{layer}": keys for layer, keys in self.keys.items()}}
         return {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
 
@@ -102,20 +119,28 @@ class Pairs:
         owners: Sequence[Sequence[str]],
         tensors: Mapping[str, torch.Tensor],
         erased: Sequence[str | None] = (),
+        sizes: Sequence[int] = (),
+        scopes: Sequence[str] = (),
     ) -> Self:
-        """The inverse of `to_tensors`."""
+        """The inverse of `to_tensors` and `describe`."""
         keys = {int(name.removeprefix("k.")): tensor for name, tensor in tensors.items() if name.startswith("k.")}
-        return cls(base, prepare, tuple(tuple(ids) for ids in owners), tensors["r"], keys, tuple(erased))
+        ids = tuple(tuple(each) for each in owners)
+        return cls(base, prepare, ids, tensors["r"], keys, tuple(erased), tuple(sizes), tuple(scopes))
+
+    def describe(self) -> dict[str, Any]:
+        """What is stored beside the tensors, base and prepare options apart; what is empty is left out."""
+        rest = {"erased": self.erased, "sizes": self.sizes, "scopes": self.scopes}
+        return {"owners": self.owners, **{name: values for name, values in rest.items() if values}}
 
     def to_bytes(self) -> bytes:
-        metadata = {"base": self.base, "prepare": self.prepare, "owners": self.owners}
-        return pack_tensors("pairs", _FORMAT, self.to_tensors(), metadata | ({"erased": self.erased} if self.erased else {}))
+        return pack_tensors("pairs", _FORMAT, self.to_tensors(), {"base": self.base, "prepare": self.prepare, **self.describe()})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Raises FormatError: not pairs of this format."""
         tensors, metadata = unpack_tensors(data, "pairs", _FORMAT)
-        return cls.from_tensors(metadata["base"], metadata["prepare"], metadata["owners"], tensors, metadata.get("erased", ()))
+        rest = {name: metadata.get(name, ()) for name in ("erased", "sizes", "scopes")}
+        return cls.from_tensors(metadata["base"], metadata["prepare"], metadata["owners"], tensors, **rest)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
@@ -134,7 +159,8 @@ class Pairs:
         owners = tuple(ids for part in parts for ids in part.owners)
         erased = tuple(digest for part in parts for digest in part.erased or (None,) * len(part))
         residuals = torch.cat([part.residuals for part in parts])
-        return cls(first.base, first.prepare, owners, residuals, keys, erased if any(erased) else ())
+        sizes, scopes = tuple(size for part in parts for size in part.sizes), tuple(scope for part in parts for scope in part.scopes)
+        return cls(first.base, first.prepare, owners, residuals, keys, erased if any(erased) else (), sizes, scopes)
 
     def require_same(self, base: str, prepare: str) -> None:
         """Raises BaseMismatchError where these pairs were made on another base or with other prepare options."""
@@ -183,6 +209,12 @@ class State(Protocol):
     """Additive and serialisable."""
 
     count: int
+    """Pairs that are live in it."""
+
+    @property
+    def parts(self) -> Parts:
+        """What it has in objects of their own, which its bytes name."""
+        ...
 
     def to_bytes(self) -> bytes: ...
 
@@ -232,8 +264,12 @@ class Editor(Protocol[S]):
 
     def empty_state(self) -> S: ...
 
-    def load_state(self, source: bytes | Path) -> S:
-        """From what `State.write` wrote, in memory or in a file, which must stay as long as the state."""
+    def load_state(self, source: bytes | Path, fetch: Fetch) -> S:
+        """From what `State.write` wrote, in memory or in a file, which must stay as long as the state.
+
+        Args:
+            fetch: digest → bytes of its parts.
+        """
         ...
 
     def carry_state(self, state: S) -> S | None:
@@ -248,16 +284,17 @@ class Editor(Protocol[S]):
         """State with pairs added and removed. Raises BaseMismatchError for pairs of another base or profile."""
         ...
 
-    def solve(self, state: S) -> WeightDelta | None:
+    def solve(self, state: S) -> Artifact | None:
         """The artifact of a state; None for a state without edits, which is the base itself."""
         ...
 
     def solve_exact(self, state: S) -> Mapping[str, torch.Tensor]:
-        """The artifact's weights before they are rounded for storage: parameter name → Δ float64; empty for a state without edits."""
+        """What the artifact writes, before it is rounded for storage: name → float64, as `Artifact.written` names it; empty for a state
+        without edits. Equal for states of the same live pairs, whatever order they came in."""
         ...
 
     def measure_fits(self, state: S, pairs: Pairs) -> torch.Tensor:
-        """How much of each pair's residual its own part of the solved weights realises: [n] float64, 1 being all of it."""
+        """How much of each pair's residual its own part of the artifact realises: [n] float64, 1 being all of it."""
         ...
 
     def measure_conditions(self, state: S) -> Mapping[str, float]:

@@ -6,7 +6,7 @@ Nothing is judged here; `errata.gate` does that, from the report alone.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from errata.editors.artifacts import WeightDelta
+from errata.editors.artifacts import Artifact
 from errata.edits import Edit, Probe
 from errata.errors import EditorError
 from errata.evaluation.generation import generate_answers, match_answer
@@ -26,7 +26,7 @@ Scores = Mapping[Question, Scored]
 
 def evaluate_candidate(
     base: Base,
-    artifacts: Sequence[WeightDelta],
+    artifacts: Sequence[Artifact],
     edits: Sequence[Edit],
     retained: Sequence[Edit],
     previous_retention: float | None,

@@ -27,11 +27,16 @@ def export_folder(base: Base, artifacts: Sequence[Artifact], target: Path, note:
         target: a folder that does not exist, or is empty.
 
     Raises:
-        InputError: something is there already.
+        InputError: something is there already, or an artifact is more than a change of weights.
         StorageError: the place cannot be written.
         ModelError: what was written is not what is in memory.
     """
     check_target(target)
+    if any(not artifact.deltas for artifact in artifacts):
+        raise InputError(
+            "export: expected edits that are written into weights, found neurons beside them, which no plain model folder can hold; the "
+            "MLflow version has them: `mlflow.pyfunc.load_model` loads it anywhere"
+        )
     place = target.absolute()
     draft = None
     try:

@@ -45,7 +45,7 @@ class Base:
     @property
     def span(self) -> int:
         """Longest row in tokens that is optimised over. Where attention has a window, half of it: the parts of rows that
-        `errata.editors.d4s.suffix` puts side by side then lie within one window, so that it is as if there were none."""
+        `errata.modeling.suffix` puts side by side then lie within one window, so that it is as if there were none."""
         config = self.model.config
         local = "local" in getattr(config, "attention_layers", ())
         window = config.window_size if local else getattr(config, "sliding_window", None)

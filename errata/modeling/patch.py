@@ -20,6 +20,9 @@ class Artifact(Protocol):
     @property
     def base(self) -> str: ...
 
+    @property
+    def deltas(self) -> Mapping[str, torch.Tensor]: ...
+
     def attach(self, base: Base) -> AbstractContextManager[None]: ...
 
 

@@ -16,16 +16,18 @@ import torch
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from errata.editors.artifacts import WeightDelta, load_artifact
+from errata.editors.artifacts import Artifact
 from errata.editors.base import Editor, Pairs
 from errata.editors.catalogue import EDITORS, make_editor
 from errata.editors.d4s.moments import Moments, collect_moments
+from errata.editors.kinds import load_artifact
 from errata.edits import Edit
 from errata.errors import BaseMismatchError, EditorError
+from errata.evaluation.scoring import score_targets
 from errata.modeling.loading import Base, hold_base
 from errata.modeling.patch import attach
-from errata.modeling.tokens import encode_prompt, encode_target
-from errata.profiles import PrepareOptions, Profile, SolveOptions
+from errata.modeling.tokens import encode_prompt
+from errata.profiles import AnyProfile, GateOptions, NeuronOptions, NeuronProfile, PrepareOptions, Profile, Retrofit, SolveOptions
 
 EQUAL = 1e-8
 FEW, MANY = 12, 64
@@ -33,29 +35,49 @@ FEW, MANY = 12, 64
 
 class Case(NamedTuple):
     editor: str
-    spread: str
-    layers: tuple[int, ...]
-    keys: str = ""
+    setting: str
+    make_profile: Callable[[str, PrepareOptions], AnyProfile]
+    """Of a base's digest, and of what suits the editable base."""
     written: tuple[float, float] = (0.9, 0.9)
-    """Least share of few and of many facts that take on the random base. Its residuals are larger than its hidden states: what its lower
-    layer writes moves the keys of the upper one out of reach, where those are not read again."""
+    """Least share of few and of many facts that take on the random base. For D4S its residuals are larger than its hidden states: what its
+    lower layer writes moves the keys of the upper one out of reach, where those are not read again."""
+    most: float = 1.0
+    """Largest fit there can be: D4S's layers may be asked for 1/L, 1/(L−1), …, 1 of the residual each."""
+
+
+def write_weights(spread: str, layers: tuple[int, ...], keys: str = "frozen") -> Callable[[str, PrepareOptions], AnyProfile]:
+    def make_profile(base: str, options: PrepareOptions) -> AnyProfile:
+        solve = SolveOptions.model_validate({"lam": 1.0, "spread": spread, "moments": "0" * 64})
+        return Profile(base=base, prepare=options.model_copy(update={"layers": layers, "keying": keys}), solve=solve)
+
+    return make_profile
+
+
+def add_neurons(**retrofit: float) -> Callable[[str, PrepareOptions], AnyProfile]:
+    def make_profile(base: str, _: PrepareOptions) -> AnyProfile:
+        trained = Retrofit.model_validate(retrofit) if retrofit else None
+        return NeuronProfile(base=base, prepare=NeuronOptions(layer=1, retrofit=trained), solve=GateOptions())
+
+    return make_profile
 
 
 CASES = (
-    Case("d4s", "single", (1,)),
-    Case("d4s", "even", (0, 1), written=(0.9, 0.2)),
-    Case("d4s", "refresh", (0, 1), written=(0.9, 0.1)),
-    Case("d4s", "d4s_code", (0, 1), written=(0.7, 0.1)),
-    Case("d4s", "d4s_code", (0, 1), "cascade"),
+    Case("d4s", "single", write_weights("single", (1,))),
+    Case("d4s", "even", write_weights("even", (0, 1)), (0.9, 0.2)),
+    Case("d4s", "refresh", write_weights("refresh", (0, 1)), (0.9, 0.1)),
+    Case("d4s", "d4s_code", write_weights("d4s_code", (0, 1)), (0.7, 0.1), most=1.5),
+    Case("d4s", "d4s_code-cascade", write_weights("d4s_code", (0, 1), "cascade"), most=1.5),
+    Case("ireva", "plain", add_neurons()),
+    Case("ireva", "retrofit", add_neurons(theta=0.75, gain=80.0), most=1.5),
 )
 
 
 @pytest.fixture(scope="module")
 def moments(editable: Base, sentences: Sequence[str]) -> Moments:
-    return collect_moments(editable, sorted({layer for case in CASES for layer in case.layers}), sentences)
+    return collect_moments(editable, [0, 1], sentences)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(filter(None, (case.editor, case.spread, case.keys))))
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case.editor}-{case.setting}")
 def case(request: pytest.FixtureRequest) -> Case:
     chosen: Case = request.param
     return chosen
@@ -63,9 +85,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def editor(case: Case, editable: Base, editable_options: PrepareOptions, moments: Moments) -> Editor[Any]:
-    options = editable_options.model_copy(update={"layers": case.layers, "keying": case.keys or "frozen"})
-    solve = SolveOptions.model_validate({"lam": 1.0, "spread": case.spread, "moments": "0" * 64})
-    return make_editor(case.editor, Profile(base=editable.digest, prepare=options, solve=solve), moments, editable.layout)
+    return make_editor(case.editor, case.make_profile(editable.digest, editable_options), moments, editable.layout)
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +116,27 @@ def pick(pairs: Pairs, rows: Sequence[int]) -> Pairs:
     return pairs.take(list(rows))
 
 
-def solve(editor: Editor[Any], state: Any) -> WeightDelta:
+def solve(editor: Editor[Any], state: Any) -> Artifact:
     artifact = editor.solve(state)
     assert artifact is not None
     return artifact
 
 
-def distance(found: WeightDelta, expected: WeightDelta) -> float:
-    """Largest relative distance over the weights."""
-    assert found.deltas.keys() == expected.deltas.keys()
-    pairs = [(delta.double(), expected.deltas[name].double()) for name, delta in found.deltas.items()]
+def distance(found: Artifact, expected: Artifact) -> float:
+    """Largest relative distance over what they write."""
+    assert found.written.keys() == expected.written.keys()
+    pairs = [(tensor.double(), expected.written[name].double()) for name, tensor in found.written.items()]
     return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+
+
+def reload(editor: Editor[Any], state: Any) -> Any:
+    return editor.load_state(state.to_bytes(), lambda digest: state.parts[digest]())
+
+
+def speak(base: Base, edit: Edit) -> torch.Tensor:
+    """Logits [vocabulary] after an edit's prompt."""
+    with torch.no_grad():
+        return base.model(input_ids=torch.tensor([encode_prompt(base.tokenizer, edit.rewrite_prompt)])).logits[0, -1]
 
 
 def copy_weights(base: Base) -> dict[str, bytes]:
@@ -131,12 +161,9 @@ def test_it_says_what_it_is(editor: Editor[Any]) -> None:
 
 def test_the_facts_are_written(case: Case, editor: Editor[Any], editable: Base, edits: list[Edit], pairs: Pairs) -> None:
     def answers() -> list[bool]:
-        found = []
-        for edit in edits[: len(pairs)]:
-            ids, target = encode_prompt(editable.tokenizer, edit.rewrite_prompt), encode_target(editable.tokenizer, edit.target_new)
-            logits = editable.model(input_ids=torch.tensor([ids + target])).logits[0, len(ids) - 1 : -1]
-            found.append(logits.argmax(-1).tolist() == target)
-        return found
+        asked = [(edit.rewrite_prompt, edit.target_new) for edit in edits[: len(pairs)]]
+        scored = score_targets(editable, asked, batch_tokens=2_048)
+        return [scored[question].chosen == scored[question].target for question in asked]
 
     assert sum(answers()) < 0.1 * len(pairs)
     with attach(editable, [solve(editor, add(editor, pairs))]):
@@ -235,11 +262,12 @@ def test_solving_is_deterministic(editor: Editor[Any], pairs: Pairs) -> None:
     assert state.to_bytes() == before
 
 
-def test_removing_everything_gives_back_the_base(editor: Editor[Any], editable: Base, pairs: Pairs) -> None:
-    weights = copy_weights(editable)
+def test_removing_everything_gives_back_the_base(editor: Editor[Any], editable: Base, edits: list[Edit], pairs: Pairs) -> None:
+    weights, hooks, said = copy_weights(editable), count_hooks(editable), speak(editable, edits[0])
     state = add(editor, pairs)
     with attach(editable, [solve(editor, state)]):
-        assert copy_weights(editable) != weights
+        assert not torch.equal(speak(editable, edits[0]), said)
+    assert count_hooks(editable) == hooks
     for start in range(0, len(pairs), 7):
         state = editor.merge(state, None, pick(pairs, range(start, min(start + 7, len(pairs)))))
     assert state.count == 0
@@ -247,6 +275,7 @@ def test_removing_everything_gives_back_the_base(editor: Editor[Any], editable: 
     assert editor.solve(state) is None
     with attach(editable, []):
         assert copy_weights(editable) == weights
+        assert torch.equal(speak(editable, edits[0]), said)
 
 
 def test_a_removed_edit_was_never_there(editor: Editor[Any], pairs: Pairs) -> None:
@@ -270,7 +299,7 @@ def test_a_replacement_equals_never_having_had_the_old(
 def test_a_stored_state_is_the_state(editor: Editor[Any], pairs: Pairs) -> None:
     half = len(pairs) // 2
     state = add(editor, pick(pairs, range(half)))
-    stored = editor.load_state(state.to_bytes())
+    stored = reload(editor, state)
     assert stored.count == state.count
     assert stored.to_bytes() == state.to_bytes()
     rest = pick(pairs, range(half, len(pairs)))
@@ -280,7 +309,7 @@ def test_a_stored_state_is_the_state(editor: Editor[Any], pairs: Pairs) -> None:
 
 def test_a_stored_artifact_is_the_artifact(editor: Editor[Any], pairs: Pairs) -> None:
     artifact = solve(editor, add(editor, pairs))
-    stored = load_artifact(artifact.to_bytes())
+    stored = load_artifact(artifact.to_bytes(), lambda digest: artifact.parts[digest]())
     assert stored.to_bytes() == artifact.to_bytes()
     assert stored.base == artifact.base
 
@@ -311,9 +340,10 @@ def test_more_than_there_is_cannot_be_removed(editor: Editor[Any], pairs: Pairs)
         editor.merge(state, None, pick(pairs, [0, 1, 2]))
 
 
-def test_fits_are_shares(editor: Editor[Any], pairs: Pairs) -> None:
-    """Of what is asked for: the whole residual, or more where layers are asked for 1/L, 1/(L−1), …, 1 of it each."""
+def test_fits_are_shares(case: Case, editor: Editor[Any], pairs: Pairs) -> None:
+    """Of what is asked for: the whole residual, or more where layers are asked for more of it."""
     fits = editor.measure_fits(add(editor, pairs), pairs)
-    most = sum(1 / asked for asked in range(1, len(pairs.keys) + 1)) if editor.options["spread"] == "d4s_code" else 1
     assert fits.shape == (len(pairs),)
-    assert bool(((fits > 0) & (fits < most)).all())
+    assert bool(((fits >= 0) & (fits <= case.most + 1e-6)).all())
+    # A trained neuron may lose its own key to another one where keys of different facts are as near as on a random base.
+    assert float((fits > 0).double().mean()) > 0.95

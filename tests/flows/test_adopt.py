@@ -38,7 +38,7 @@ def place(desk: Any) -> Callable[[str], str]:
 
     def place(profile: str) -> str:
         from errata.settings import load_settings
-        from tasks.onboarding import place_solve
+        from tasks.placing import place_solve
 
         return place_solve(load_settings(stream="main"), desk.open(), profile)
 
@@ -74,10 +74,10 @@ def check(desk: Any) -> Any:
 
 
 def read_weights(desk: Any, seq: int) -> Mapping[str, Any]:
-    from errata.editors.artifacts import load_artifact
+    from errata.editors.kinds import load_artifact
 
     (digest,) = desk.read_manifest(seq).artifacts
-    return load_artifact(desk.open().objects.get(digest)).deltas
+    return load_artifact(desk.open().objects.get(digest), desk.open().objects.get).deltas
 
 
 def test_the_same_pairs_are_solved_otherwise_and_history_goes_on(

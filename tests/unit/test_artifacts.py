@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from errata.editors.artifacts import WeightDelta, load_artifact, pack_tensors
+from errata.editors.artifacts import WeightDelta, pack_tensors
 from errata.editors.base import Pairs
 from errata.editors.d4s.moments import Moments
 from errata.editors.d4s.state import D4SState
+from errata.editors.kinds import load_artifact
 from errata.errors import BaseMismatchError, EditorError, FormatError
 
 KEYS = {1: torch.arange(8.0).view(2, 4), 3: torch.ones(2, 5)}
@@ -28,7 +29,7 @@ STORED = {
 
 
 def test_a_delta_survives_storage() -> None:
-    again = load_artifact(DELTA.to_bytes())
+    again = load_artifact(DELTA.to_bytes(), {}.__getitem__)
     assert again.base == DELTA.base
     assert set(again.deltas) == set(DELTA.deltas)
     assert all(torch.equal(again.deltas[name], delta) for name, delta in DELTA.deltas.items())

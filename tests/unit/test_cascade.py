@@ -12,7 +12,7 @@ from errata.editors.base import Pairs
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments, collect_moments
 from errata.editors.d4s.reading import read_base, read_keys
-from errata.editors.d4s.rows import build_rows
+from errata.editors.rows import build_rows
 from errata.edits import Edit
 from errata.errors import BaseMismatchError
 from errata.manifests import PairRef

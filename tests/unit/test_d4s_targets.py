@@ -16,8 +16,8 @@ from errata.editors.artifacts import WeightDelta
 from errata.editors.d4s import editor
 from errata.editors.d4s.moments import Moments, collect_moments
 from errata.editors.d4s.reading import read_base
-from errata.editors.d4s.rows import build_rows
 from errata.editors.d4s.targets import optimise_targets
+from errata.editors.rows import build_rows
 from errata.edits import Edit
 from errata.errors import BaseMismatchError
 from errata.modeling.loading import Base, digest_model

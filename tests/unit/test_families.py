@@ -11,9 +11,9 @@ from errata.calibration.search import Done, choose_best, propose_step
 from errata.calibration.tracing import trace_facts
 from errata.calibration.trials import Desk
 from errata.candidates import build_anew
-from errata.editors.artifacts import load_artifact
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import collect_moments
+from errata.editors.kinds import load_artifact
 from errata.edits import Edit
 from errata.evaluation.answered import find_answered
 from errata.evaluation.generation import generate_answers
@@ -69,7 +69,7 @@ def test_an_edit_takes_is_exported_and_comes_off(base: Base, tmp_path: Path) -> 
     assert prepared.pairs is not None and not prepared.refused
     digest = blobs.put(prepared.pairs.to_bytes())
     manifest = build_anew(blobs, editor, base.digest, "p" * 64, [PairRef(pairs=digest, row=row) for row in range(2)]).manifest
-    (artifact,) = [load_artifact(blobs.get(name)) for name in manifest.artifacts]
+    (artifact,) = [load_artifact(blobs.get(name), blobs.get) for name in manifest.artifacts]
     with attach(base, [artifact]):
         taken = find_answered(base, EDITS, 1_000)
         said = generate_answers(base, [edit.rewrite_prompt for edit in EDITS], max_new_tokens=1, batch_tokens=1_000)

@@ -13,7 +13,7 @@ from errata.editors.catalogue import make_editor
 from errata.editors.d4s import groups
 from errata.editors.d4s.groups import group_keys, read_bare_keys
 from errata.editors.d4s.moments import Moments, collect_moments
-from errata.editors.d4s.rows import build_rows
+from errata.editors.rows import build_rows
 from errata.edits import Edit, digest_of
 from errata.grouping import Placed, regroup
 from errata.manifests import PairRef

@@ -15,8 +15,8 @@ from errata.editors.base import Pairs
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments
 from errata.editors.d4s.reading import read_base
-from errata.editors.d4s.rows import build_rows
 from errata.editors.d4s.targets import optimise_targets
+from errata.editors.rows import build_rows
 from errata.edits import Edit
 from errata.errors import InputError, ModelError
 from errata.modeling.layout import find_layout

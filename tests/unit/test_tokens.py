@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from errata.editors.d4s.rows import build_rows
+from errata.editors.rows import build_rows
 from errata.edits import Edit
 from errata.errors import TokenizationError
 from errata.modeling.loading import Base

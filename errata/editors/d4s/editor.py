@@ -15,16 +15,16 @@ from typing import Any, Self
 
 import torch
 
-from errata.editors.artifacts import WeightDelta
+from errata.editors.artifacts import Fetch, WeightDelta
 from errata.editors.base import Pairs, Preparation, Prepared, Progress, list_units
 from errata.editors.d4s.fits import solve_for_fit
 from errata.editors.d4s.groups import group_keys, read_bare_keys
 from errata.editors.d4s.moments import Moments
 from errata.editors.d4s.reading import read_base, read_keys
-from errata.editors.d4s.rows import EditRows, build_rows
 from errata.editors.d4s.solve import PairSystem, SumSystem, estimate_condition, factor_moments
 from errata.editors.d4s.state import D4SState
 from errata.editors.d4s.targets import optimise_targets
+from errata.editors.rows import EditRows, build_rows
 from errata.edits import Edit
 from errata.errors import BaseMismatchError, EditorError, TokenizationError
 from errata.modeling.layout import ModelLayout
@@ -184,8 +184,11 @@ class D4S:
     def empty_state(self) -> D4SState:
         return D4SState.empty(self._profile.base, self._profile.prepare.digest)
 
-    def load_state(self, source: bytes | Path) -> D4SState:
+    def load_state(self, source: bytes | Path, fetch: Fetch | None = None) -> D4SState:
         """
+        Args:
+            fetch: not asked, since a state has no parts.
+
         Raises:
             FormatError: not a state.
             BaseMismatchError: a state of another base or other prepare options.

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from errata.editors.d4s.rows import EditRows
+from errata.editors.rows import EditRows
 from errata.modeling.loading import Base
 from errata.modeling.tokens import find_pad, pad_rows
 from errata.modeling.trace import trace_inputs

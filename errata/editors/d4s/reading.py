@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from errata.editors.d4s.rows import EditRows
-from errata.editors.d4s.suffix import Suffix, cut_suffixes
+from errata.editors.rows import EditRows
 from errata.modeling.loading import Base
+from errata.modeling.suffix import Suffix, cut_suffixes
 from errata.modeling.tokens import find_pad, pad_rows
 from errata.modeling.trace import capture_outputs, trace_inputs
 

@@ -20,7 +20,7 @@ from typing import BinaryIO, Self
 
 import torch
 
-from errata.editors.artifacts import pack_tensors, unpack_tensors
+from errata.editors.artifacts import Parts, pack_tensors, unpack_tensors
 from errata.editors.base import Pairs
 from errata.editors.stored import Entry, Lazy, TensorFile, list_shapes, spill_doubles, write_doubles
 from errata.errors import EditorError
@@ -52,6 +52,11 @@ class D4SState:
     """(m, l) with m < l → [d_in of m, d_in of l] float64: cross moments, of all edited layers or of none; empty before."""
     waiting: int = 0
     """Bytes of the pairs that large sums hold on to until they are read."""
+
+    @property
+    def parts(self) -> Parts:
+        """None: its size does not grow."""
+        return {}
 
     @property
     def crossed(self) -> bool:

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from errata.editors.base import Preparation
 from errata.editors.d4s.reading import Reading
-from errata.editors.d4s.rows import EditRows
-from errata.editors.d4s.suffix import Suffix
+from errata.editors.rows import EditRows
 from errata.modeling.loading import Base
+from errata.modeling.suffix import Suffix
 from errata.profiles import PrepareOptions
 
 

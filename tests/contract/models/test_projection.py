@@ -12,7 +12,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from errata.editors.artifacts import WeightDelta, load_artifact
+from errata.editors.artifacts import WeightDelta
+from errata.editors.kinds import load_artifact
 from errata.errors import RegistryError, UnknownNameError
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
@@ -202,7 +203,7 @@ def test_stream_of_another_root_is_refused(registry: ModelRegistry, make_release
 
 def read_logits(base: Base, artifacts: Sequence[bytes]) -> np.ndarray[Any, Any]:
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-    with attach(base, [load_artifact(data) for data in artifacts]), torch.inference_mode():
+    with attach(base, [load_artifact(data, {}.__getitem__) for data in artifacts]), torch.inference_mode():
         logits: np.ndarray[Any, Any] = base.model(ids).logits[:, -1].numpy()
     return logits
 
@@ -212,11 +213,11 @@ def test_version_is_verified_by_its_logits(
 ) -> None:
     release = make_release(1, deltas[0])
     version = registry.project(release)
-    verify_logits(registry, version, read_logits(base, release.artifacts), lambda data: read_logits(base, data))
+    verify_logits(registry, version, read_logits(base, release.artifacts), lambda data, _: read_logits(base, data))
     with pytest.raises(RegistryError, match="expected the logits of the candidate"):
-        verify_logits(registry, version, read_logits(base, [deltas[1].to_bytes()]), lambda data: read_logits(base, data))
+        verify_logits(registry, version, read_logits(base, [deltas[1].to_bytes()]), lambda data, _: read_logits(base, data))
     with pytest.raises(RegistryError, match="the alias was not moved"):
-        verify_logits(registry, version, read_logits(base, release.artifacts), lambda data: read_logits(base, data) * np.nan)
+        verify_logits(registry, version, read_logits(base, release.artifacts), lambda data, _: read_logits(base, data) * np.nan)
 
 
 def test_damaged_artifact_is_noticed(registry: ModelRegistry, make_release: MakeRelease, deltas: list[WeightDelta], tmp_path: Path) -> None:
