@@ -1,1 +1,0 @@
-"""Finding the nearest of many stored vectors."""
