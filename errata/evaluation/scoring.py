@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from errata.modeling.beside import predict_at
 from errata.modeling.loading import Base
 from errata.modeling.tokens import encode_prompt, encode_target, find_pad, pad_rows
 
@@ -91,6 +90,7 @@ def _score_batch(base: Base, fed: Sequence[tuple[int, ...]], readings: Sequence[
     # Causal attention hides padding on the right by itself. An explicit mask of ones says so: it keeps attention on its fast path and
     # transformers from warning about pad tokens.
     body = base.model.get_submodule(base.layout.body)
+    hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state  # [n, longest, d]
     rows: list[int] = []
     places: list[int] = []
     wanted: list[int] = []
@@ -100,10 +100,6 @@ def _score_batch(base: Base, fed: Sequence[tuple[int, ...]], readings: Sequence[
             rows += [index] * count
             places += range(len(row) - count, len(row))
             wanted += target or (0,)
-    spots = sorted(set(zip(rows, places, strict=True)))
-    at = [torch.tensor([spot[axis] for spot in spots], device=base.device) for axis in (0, 1)]
-    with predict_at(*at):
-        hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state  # [n, longest, d]
     logprobs, chosen = _read_head(base, hidden[rows, places], torch.tensor(wanted, device=base.device))
     scored: dict[Question, Scored] = {}
     start = 0
