@@ -1,6 +1,6 @@
 """Putting artifacts on a base model for the length of a block, and taking them off bit for bit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from errata.modeling.loading import Base
 from errata.modeling.offload import read_parameter, restore_parameter, swap_parameter
 
 _EDITED = "_errata_edited"
-"""Attribute of the model itself, so that all views of one model agree: names of the weights that carry a delta now."""
+"""Attribute of the model itself, so that all views of one model agree: what of it carries something now (weights by name, an MLP)."""
 
 
 class Artifact(Protocol):
@@ -44,7 +44,24 @@ def attach(base: Base, artifacts: Sequence[Artifact]) -> Iterator[None]:
 def require_untouched(base: Base) -> None:
     """Raises BaseMismatchError while an artifact is attached: what is read from the model now is not what the base says."""
     if edited := base.model.__dict__.get(_EDITED):
-        raise BaseMismatchError(f"expected the untouched base, found a delta on {sorted(edited)[0]}; take it off first")
+        raise BaseMismatchError(f"expected the untouched base, found an artifact on {sorted(edited)[0]}; take it off first")
+
+
+@contextmanager
+def claim_places(base: Base, places: Collection[str], what: str) -> Iterator[None]:
+    """Places of the model that carry `what` while the block runs, each once.
+
+    Raises:
+        BaseMismatchError: one of them carries something already.
+    """
+    edited: set[str] = base.model.__dict__.setdefault(_EDITED, set())
+    if taken := edited.intersection(places):
+        raise BaseMismatchError(f"{sorted(taken)[0]} carries {what} already; one artifact holds all edits and is attached to the base once")
+    edited.update(places)
+    try:
+        yield
+    finally:
+        edited.difference_update(places)
 
 
 @contextmanager
@@ -61,20 +78,16 @@ def add_deltas(base: Base, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]
         BaseMismatchError: a weight carries a delta already, or a delta has another shape.
         EditorError: a sum is not finite in the model's dtype.
     """
-    edited: set[str] = base.model.__dict__.setdefault(_EDITED, set())
-    if taken := edited.intersection(deltas):
-        raise BaseMismatchError(f"{sorted(taken)[0]} carries a delta already; a delta holds all edits and is added to the base once")
-    totals = {name: _add(base, name, delta) for name, delta in deltas.items()}
-    originals: dict[str, Any] = {}
-    edited.update(totals)
-    try:
-        for name, weight in totals.items():
-            originals[name] = swap_parameter(base.model, name, weight)
-        yield
-    finally:
-        for name, original in originals.items():
-            restore_parameter(base.model, name, original)
-        edited.difference_update(totals)
+    with claim_places(base, deltas, "a delta"):
+        totals = {name: _add(base, name, delta) for name, delta in deltas.items()}
+        originals: dict[str, Any] = {}
+        try:
+            for name, weight in totals.items():
+                originals[name] = swap_parameter(base.model, name, weight)
+            yield
+        finally:
+            for name, original in originals.items():
+                restore_parameter(base.model, name, original)
 
 
 def add_once(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
