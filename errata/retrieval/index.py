@@ -23,13 +23,13 @@ from errata.errors import EditorError
 Form = Literal["product", "half", "cells"]
 
 HALF_FROM = 5_000
-"""Keys on a CPU from which `half` is faster than `product` (`python -m benchmarks.neuron_lookup`: equal at 3,000–5,000, a third or less
-of the time at 10,000)."""
-CELLS_FROM = 40_000
-"""Keys on a CPU from which faiss answers, if it is installed: `half`, which is exact on every query, would take 8 % of a decoded token of
-GPT-2 small on one thread (`python -m benchmarks.neuron_lookup`)."""
-FEW = 8
-"""Queries at once up to which `half` is faster: it takes them one by one, `product` reads the keys once for all of them."""
+"""Keys on a CPU from which `half` is faster than `product` (`python -m benchmarks.neuron_lookup`: slower at 3,000, .7 of the time at
+5,000, half or less from 10,000 on)."""
+CELLS_FROM = 30_000
+"""Keys on a CPU from which faiss answers, if it is installed. It is faster from 3,000 on, but `half` is exact on every query: it is kept
+for as long as it takes less than 8 % of a decoded token of GPT-2 small (`python -m benchmarks.neuron_lookup`: 7.7 % at 30,000)."""
+FEW = 4
+"""Queries at once up to which `half` is faster: its cost grows with each, while `product` reads the keys once for several."""
 CELLS, PROBED = 512, 128
 """Centres, and how many are read per query (measured: with a quarter of them also far queries get the row of `product`)."""
 _TRAINED_ON = 64 * CELLS
