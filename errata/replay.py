@@ -7,6 +7,7 @@ there the solved weights of both are compared in float64, and the stored float32
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,10 +43,7 @@ ROUNDING = 2.0**-23
 
 @dataclass
 class Replay:
-    """A walk over the accepted commits of one stream, from the first one on.
-
-    Memory holds one state, one commit's pairs, and a few numbers per commit.
-    """
+    """A walk over the accepted commits of one stream. Memory holds one state, one commit's pairs, and a few numbers per commit."""
 
     blobs: Blobs
     editor: Editor[Any]
@@ -331,11 +329,9 @@ class Replay:
         exact = self.editor.solve_exact(reached.state)
         gap, bound, how = measure_gap(exact, load_artifact(self.blobs.get(layer.artifact), self.blobs.get).written), ROUNDING, "float32"
         if gap <= bound:
-            try:
+            with suppress(KeyMissingError, ObjectCorruptError):  # its state may not be whole: the stored weights must do then
                 theirs = self.editor.solve_exact(load_state(self.blobs, self.editor, layer.state))
                 gap, bound, how = measure_gap(exact, theirs), RELATIVE, "float64"
-            except (KeyMissingError, ObjectCorruptError):
-                pass  # its state is not whole: the stored weights must do
         self.worst = max(self.worst, gap)
         if gap <= bound:
             self.compared[how] += 1
