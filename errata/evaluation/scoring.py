@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from errata.modeling.beside import predict_at
 from errata.modeling.loading import Base
 from errata.modeling.tokens import encode_prompt, encode_target, find_pad, pad_rows
 
@@ -39,22 +40,25 @@ def score_targets(
 ) -> dict[Question, Scored]:
     """Score every distinct question under the model as it is now.
 
-    Questions that feed the same tokens (one prompt, several targets of one token) share a row. Rows are sorted by length and padded on
-    the right in batches of at most `batch_tokens` padded tokens (one row at least). The body runs once per batch and the head only at
-    target positions; the result equals full logits of each question alone up to rounding. A prompt longer than the context loses its
-    beginning.
+    Questions that feed the same tokens and are read at the same positions (one prompt, several targets of one token) share a row. Rows
+    are sorted by length and padded on the right in batches of at most `batch_tokens` padded tokens (one row at least). The body runs once
+    per batch and the head only at target positions; the result equals full logits of each question alone up to rounding. A prompt longer
+    than the context loses its beginning.
+
+    What stands beside an MLP (`errata.modeling.beside`) is active at the target positions, each of which was the last token when a
+    decoder came by: one pass is what decoding the target with a KV cache is.
 
     Raises:
         TokenizationError: a target that the tokenizer cannot write.
     """
     distinct = list(dict.fromkeys(questions))
-    readings: dict[tuple[int, ...], list[_Reading]] = {}
+    readings: dict[_Row, list[_Reading]] = {}
     for question in distinct:
         row, target = _encode(base, question)
-        readings.setdefault(row, []).append((question, target))
-    rows = sorted(readings, key=len)
+        readings.setdefault((row, max(len(target), 1)), []).append((question, target))
+    rows = sorted(readings, key=lambda row: len(row[0]))
     found: dict[Question, Scored] = {}
-    for batch in split_by_tokens([len(row) for row in rows], batch_tokens):
+    for batch in split_by_tokens([len(ids) for ids, _ in rows], batch_tokens):
         fed = [rows[place] for place in batch]
         found.update(_score_batch(base, fed, [readings[row] for row in fed]))
         if progress:
@@ -73,6 +77,8 @@ def split_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[range
         yield range(first, len(lengths))
 
 
+_Row = tuple[tuple[int, ...], int]
+"""Token ids to feed, and at how many positions, the last ones, they are read."""
 _Reading = tuple[Question, tuple[int, ...]]
 """A question and its target's token ids, to be read off a row that is fed."""
 
@@ -85,21 +91,21 @@ def _encode(base: Base, question: Question) -> tuple[tuple[int, ...], tuple[int,
     return row[-base.context :], wanted
 
 
-def _score_batch(base: Base, fed: Sequence[tuple[int, ...]], readings: Sequence[Sequence[_Reading]]) -> dict[Question, Scored]:
-    ids, _ = pad_rows(fed, find_pad(base.tokenizer), "right", base.device)
-    # Causal attention hides padding on the right by itself. An explicit mask of ones says so: it keeps attention on its fast path and
-    # transformers from warning about pad tokens.
-    body = base.model.get_submodule(base.layout.body)
-    hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state  # [n, longest, d]
+def _score_batch(base: Base, fed: Sequence[_Row], readings: Sequence[Sequence[_Reading]]) -> dict[Question, Scored]:
+    ids, _ = pad_rows([row for row, _ in fed], find_pad(base.tokenizer), "right", base.device)
     rows: list[int] = []
     places: list[int] = []
     wanted: list[int] = []
-    for index, (row, own) in enumerate(zip(fed, readings, strict=True)):
+    for index, ((row, count), own) in enumerate(zip(fed, readings, strict=True)):
         for _, target in own:
-            count = max(len(target), 1)
             rows += [index] * count
             places += range(len(row) - count, len(row))
             wanted += target or (0,)
+    # Causal attention hides padding on the right by itself. An explicit mask of ones says so: it keeps attention on its fast path and
+    # transformers from warning about pad tokens.
+    body = base.model.get_submodule(base.layout.body)
+    with predict_at(torch.tensor(rows, device=base.device), torch.tensor(places, device=base.device)):
+        hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state  # [n, longest, d]
     logprobs, chosen = _read_head(base, hidden[rows, places], torch.tensor(wanted, device=base.device))
     scored: dict[Question, Scored] = {}
     start = 0

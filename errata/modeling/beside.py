@@ -4,8 +4,9 @@ Where that token is, only the body knows, which is given the mask; the MLP is gi
 for the thread it runs in, and the MLP's forward reads it there: a served model answers several threads at once.
 
 Both forwards are replaced on the instance, as accelerate does it, and not hooked: `torch.compile` does not look for hooks on a module that
-it has compiled without any, and would go on without them. An instance's own forward it does guard, so a model may be compiled before or
-after this is attached, and after it came off; each change costs one compilation.
+it has compiled without any, and would go on without them. An instance's own forward it does guard, so a model may be compiled before this
+is attached or after, and runs on when it came off. Each attachment is traced anew, without a graph break of ours; beyond
+`torch._dynamo.config.recompile_limit` (8) of them on one compiled model, dynamo warns and runs it uncompiled.
 """
 
 import inspect

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from errata.modeling.beside import predict_everywhere
 from errata.modeling.loading import Base
 from errata.modeling.tokens import encode_prompt
 from errata.report import Locality
@@ -86,9 +87,11 @@ def _encode(base: Base, text: str) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def _read_tokens(base: Base, tokens: Sequence[int]) -> torch.Tensor:
-    """Log-probabilities of the next token at every position [positions, vocabulary] float32."""
+    """Log-probabilities of the next token at every position [positions, vocabulary] float32, each read as if the text had been decoded up
+    to there."""
     ids = torch.tensor([tokens], device=base.device)
     body = base.model.get_submodule(base.layout.body)
-    hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+    with predict_everywhere():
+        hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
     logits: torch.Tensor = base.model.get_submodule(base.layout.head)(hidden[0])
     return logits.float().log_softmax(-1)
