@@ -22,7 +22,7 @@ from errata.modeling.tokens import encode_prompt, encode_target, pad_rows
 from errata.modeling.trace import capture_outputs, change_output, trace_inputs
 from errata.monitors.locality import read_probe
 
-ROWS = ([7, 23, 55, 90, 12, 31], [44, 8, 61], [19, 77, 5, 102])
+ROWS = ([7, 23, 55, 90, 12, 31], [44, 8, 61], [66], [19, 77, 5, 102])
 LAYER = 1
 """Three layers above it see what it gives."""
 
@@ -238,11 +238,12 @@ def test_greedy_answers_and_the_probe_are_decoding_too(base: Base) -> None:
 def test_positions_asked_for_are_active_and_only_those(base: Base) -> None:
     respond = make_response(base)
     ids, mask = pad_rows(ROWS, 0, "right")
-    at = [(0, 2), (0, 5), (2, 1)]
+    at = [(0, 2), (0, 5), (3, 1)]
     with by_hook(base, LAYER, respond, at):
         expected = read_logits(base, ids, mask)
     rows, places = torch.tensor([*at, at[0]]).T  # one of them twice
-    with respond_beside(base, LAYER, respond):
+    sizes: list[int] = []
+    with respond_beside(base, LAYER, lambda hidden: sizes.append(len(hidden)) or respond(hidden)):
         usual = read_logits(base, ids, mask)
         with predict_everywhere(), predict_at(rows, places):
             assert close(read_logits(base, ids, mask), expected)
@@ -250,6 +251,7 @@ def test_positions_asked_for_are_active_and_only_those(base: Base) -> None:
         with pytest.raises(KeyError), predict_everywhere():
             raise KeyError
         assert torch.equal(read_logits(base, ids, mask), usual)
+    assert sizes == [len(ROWS), len(at), len(ROWS), len(ROWS)]
 
 
 def test_masks_come_in_many_forms(base: Base) -> None:
@@ -393,7 +395,7 @@ def test_gradients_reach_the_response_from_active_positions_alone(base: Base) ->
     direction = torch.randn(base.model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     ways = (
         respond_beside(base, LAYER, lambda hidden: hidden * weight),
-        by_hook(base, LAYER, lambda hidden: hidden * weight, [(row, 5) for row in range(3)]),
+        by_hook(base, LAYER, lambda hidden: hidden * weight, [(row, 5) for row in range(len(ROWS))]),
     )
     gradients = []
     for way in ways:
@@ -410,8 +412,8 @@ def test_a_response_in_another_dtype_is_cast_once(gpt2_of: Callable[..., Base]) 
     respond = make_response(base)  # float32, as re-scored candidates are
     with respond_beside(base, LAYER, respond):
         found = read_logits(base, ids, mask)
-        assert generate(base, ROWS).shape == (3, 5)
-    with by_hook(base, LAYER, respond, [(row, 5) for row in range(3)]):
+        assert generate(base, ROWS).shape == (len(ROWS), 5)
+    with by_hook(base, LAYER, respond, [(row, 5) for row in range(len(ROWS))]):
         assert torch.equal(read_logits(base, ids, mask), found)
     assert found.dtype == torch.bfloat16
 
