@@ -4,8 +4,9 @@ Where that token is, only the body knows, which is given the mask; the MLP is gi
 for the thread it runs in, and the MLP's forward reads it there: a served model answers several threads at once.
 
 Both forwards are replaced on the instance, as accelerate does it, and not hooked: `torch.compile` does not look for hooks on a module that
-it has compiled without any, and would go on without them. An instance's own forward it does guard, so a model may be compiled before or
-after this is attached, and after it came off; each change costs one compilation.
+it has compiled without any, and would go on without them. An instance's own forward it does guard, so a model may be compiled before this
+is attached or after, and runs on when it came off. Each attachment is traced anew, without a graph break of ours; beyond
+`torch._dynamo.config.recompile_limit` (8) of them on one compiled model, dynamo warns and runs it uncompiled.
 """
 
 import inspect
@@ -58,8 +59,10 @@ def respond_beside(base: Base, layer: int, respond: Respond) -> Iterator[None]:
     With a KV cache every decoded position was the last one when it was processed, and what was added there stays in the cached keys and
     values of the layers above. Without a cache (`use_cache=False`) each step runs the earlier positions again, which are not the last any
     more, so that the layers above see them untouched, as in the published code. Answers of several tokens may therefore differ between
-    the two unless `layer` is the last one. A prompt that is fed in chunks is active at the last token of each chunk; in assisted decoding
-    only the last of the tokens that are verified at once is active, unless the call is made within `predict_everywhere`.
+    the two unless `layer` is the last one.
+
+    Not covered is what feeds several tokens at once and means each: assisted decoding (only the last of the tokens it verifies is active)
+    and a prompt fed in chunks (the last token of each chunk is).
 
     Args:
         respond: is called once per pass, with one row per row of the batch, and may be differentiated; what it gives is cast to the dtype
@@ -91,7 +94,7 @@ def predict_at(rows: torch.Tensor, places: torch.Tensor) -> Iterator[None]:
     Holds for the thread that enters it, and for every pass within.
 
     Args:
-        rows, places: [m] int64 indices into the batch [n, positions]; a position named twice counts once.
+        rows, places: [m] int64 indices into the batch [n, positions]; `respond` gets them in order, each once.
     """
     pairs = torch.unique(torch.stack([rows, places]), dim=1)
     with _asking((pairs[0], pairs[1])):
