@@ -26,7 +26,7 @@ from rich.table import Table
 from torch.nn.functional import gelu
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from errata.retrieval.index import FEW, Form, KeyIndex, choose_form
+from errata.retrieval.index import CELLS, FEW, Form, KeyIndex, choose_form
 
 WIDTH = 768
 LAYER = 11
@@ -195,7 +195,7 @@ def _time_in_turn(calls: Mapping[str, Callable[[torch.Tensor], Any]], queries: S
 
 def _count_mb(keys: torch.Tensor, form: Form | None) -> float:
     """Keys in float32; a copy in float16; for cells a number per key and the centres as well."""
-    extra = {"half": keys.numel() * 2, "cells": keys.numel() * 2 + len(keys) * 8 + min(512, len(keys)) * keys.shape[1] * 4}
+    extra = {"half": keys.numel() * 2, "cells": keys.numel() * 2 + len(keys) * 8 + min(CELLS, len(keys)) * keys.shape[1] * 4}
     return (keys.numel() * 4 + extra.get(form or "", 0)) / 1e6
 
 

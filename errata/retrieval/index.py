@@ -37,7 +37,7 @@ _TRAINED_ON = 64 * CELLS
 _CANDIDATES = 16
 """Rows scored anew by the fixed-size forms: more equal keys than anyone stores."""
 _ROUNDING = 2.0**-24
-_HALF_ROUNDING = 2.0**-11
+_HALF_ROUNDING, _HALF_SMALLEST = 2.0**-11, 2.0**-24
 
 
 class KeyIndex:
@@ -74,7 +74,8 @@ class KeyIndex:
         return len(self.keys)
 
     def find_best(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The key with the largest inner product for each query; of equal scores the first row.
+        """The key with the largest inner product for each query; of equal scores the first row. Where more than 16 keys are so alike that
+        a float32 product cannot tell them apart, `product` compares the first 16 of them, and `cells` any 16.
 
         No gradient flows. `product` is traced by `torch.compile` as one graph; the other forms break it.
 
@@ -152,6 +153,7 @@ class KeyIndex:
         size, lost = queries.norm(dim=1), (halves.float() - queries).norm(dim=1)
         # What rounding can do to one score: of the key, of the query, of the result, and of the sum.
         error = self._half_error * size + (self._norm + self._half_error) * lost + (_HALF_ROUNDING * self._norm + self._slack) * size
+        error += _HALF_SMALLEST
         found = []
         for query, rough, slack in zip(queries, (halves @ self._halves.T).float(), 2 * error, strict=True):
             best = rough.max()

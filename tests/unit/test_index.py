@@ -119,8 +119,8 @@ def test_queries_of_any_dtype_are_compared_in_float32(form: index_module.Form, d
 
 
 def test_values_beyond_float16() -> None:
-    """Halves of such keys, or their products, are infinite and rule nothing out."""
-    for scale in (1e3, 1e6):
+    """Halves of such keys, or their products, are infinite or next to nothing, and rule nothing out."""
+    for scale in (1e3, 1e6, 1e-3, 1e-5):
         keys, queries = draw(200, 11) * scale, draw(4, 12) * scale
         assert_found(KeyIndex(keys, "half"), queries, *find_plainly(keys, queries))
 
