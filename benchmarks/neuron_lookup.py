@@ -26,13 +26,15 @@ from rich.table import Table
 from torch.nn.functional import gelu
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from errata.retrieval.index import FEW, Form, KeyIndex, choose_form
+from errata.retrieval.index import CELLS, Form, KeyIndex, choose_form
 
 WIDTH = 768
 LAYER = 11
 THETA = 0.75
 FORMS: tuple[Form, ...] = ("product", "half", "cells")
 RELATIONS = 40
+SEVERAL = 4
+"""Queries at once, as in a batch or a beam."""
 _AGREEING = 300
 """Queries of each kind whose rows are compared."""
 _PREFILL = 32
@@ -139,7 +141,7 @@ def attach_product(model: GPT2LMHeadModel, layer: int, keys: torch.Tensor) -> It
 
 def _compare_forms(sizes: Sequence[int]) -> None:
     table = Table(title=f"one query, keys {WIDTH} wide, {torch.get_num_threads()} thread(s): median ms (· = chosen for this size)")
-    for name in ("keys", "form", "ms", "/ bare", f"{FEW} queries", "hits", "misses", "build s", "MB"):
+    for name in ("keys", "form", "ms", "/ bare", f"{SEVERAL} queries", "hits", "misses", "build s", "MB"):
         table.add_column(name, justify="left" if name == "form" else "right")
     for size in sizes:
         keys = draw_keys(size)
@@ -154,7 +156,7 @@ def _compare_forms(sizes: Sequence[int]) -> None:
         calls |= {form: index.find_best for form, index in indices.items()}
         single = _time_in_turn(calls, singles)
         calls["bare"] = lambda asked, keys=keys: keys @ asked.T
-        several = _time_in_turn(calls, [kind[start : start + FEW] for kind in queries.values() for start in (0, FEW, 2 * FEW)])
+        several = _time_in_turn(calls, [kind[start : start + SEVERAL] for kind in queries.values() for start in (0, SEVERAL, 2 * SEVERAL)])
         table.add_row(
             f"{size:,}", "bare", f"{single['bare']:.3f}", "1.00", f"{several['bare']:.2f}", "", "", "", f"{_count_mb(keys, None):.0f}"
         )
@@ -195,7 +197,7 @@ def _time_in_turn(calls: Mapping[str, Callable[[torch.Tensor], Any]], queries: S
 
 def _count_mb(keys: torch.Tensor, form: Form | None) -> float:
     """Keys in float32; a copy in float16; for cells a number per key and the centres as well."""
-    extra = {"half": keys.numel() * 2, "cells": keys.numel() * 2 + len(keys) * 8 + min(512, len(keys)) * keys.shape[1] * 4}
+    extra = {"half": keys.numel() * 2, "cells": keys.numel() * 2 + len(keys) * 8 + min(CELLS, len(keys)) * keys.shape[1] * 4}
     return (keys.numel() * 4 + extra.get(form or "", 0)) / 1e6
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.neuron_lookup import draw_keys, draw_queries
 from errata.errors import EditorError
 from errata.retrieval import index as index_module
-from errata.retrieval.index import CELLS_FROM, FEW, HALF_FROM, KeyIndex, choose_form
+from errata.retrieval.index import CELLS_FROM, HALF_FROM, KeyIndex, choose_form
 
 CPU = torch.device("cpu")
 WIDTH = 96
@@ -35,7 +35,11 @@ def find_plainly(keys: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tenso
 
 
 def assert_found(index: KeyIndex, queries: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor) -> None:
+    """All at once, and one by one: `half` answers only single queries by itself."""
     found, places = index.find_best(queries)
+    alone = [index.find_best(query[None]) for query in queries]
+    assert [int(row) for _, row in alone] == rows.tolist()
+    assert [float(score) for score, _ in alone] == scores.tolist()
     assert found.dtype == torch.float32 and places.dtype == torch.int64
     assert places.tolist() == rows.tolist()
     assert found.tolist() == scores.tolist()
@@ -43,7 +47,7 @@ def assert_found(index: KeyIndex, queries: torch.Tensor, scores: torch.Tensor, r
 
 @pytest.mark.parametrize("form", EXACT)
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 10**6), count=st.integers(1, 300), asked=st.integers(1, FEW + 2), spread=st.sampled_from([1.0, 1e-2, 1e-4, 0.0]))
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 300), asked=st.integers(1, 6), spread=st.sampled_from([1.0, 1e-2, 1e-4, 0.0]))
 def test_the_row_of_the_plain_product(form: index_module.Form, seed: int, count: int, asked: int, spread: float) -> None:
     """From keys in all directions to keys that differ by less than float16 or float32 products tell, and equal ones."""
     keys = draw(1, seed) + spread * draw(count, seed + 1)
@@ -62,9 +66,6 @@ def test_near_duplicates_are_told_apart(form: index_module.Form, near: float) ->
     scores, rows = find_plainly(keys, queries)
     assert (rows >= 2_000).all()
     index = KeyIndex(keys, form)
-    for start in range(0, 40, FEW):
-        part = slice(start, start + FEW)
-        assert_found(index, queries[part], scores[part], rows[part])
     assert_found(index, queries, scores, rows)
 
 
@@ -119,8 +120,8 @@ def test_queries_of_any_dtype_are_compared_in_float32(form: index_module.Form, d
 
 
 def test_values_beyond_float16() -> None:
-    """Halves of such keys, or their products, are infinite and rule nothing out."""
-    for scale in (1e3, 1e6):
+    """Halves of such keys, or their products, are infinite or next to nothing, and rule nothing out."""
+    for scale in (1e3, 1e6, 1e-3, 1e-5):
         keys, queries = draw(200, 11) * scale, draw(4, 12) * scale
         assert_found(KeyIndex(keys, "half"), queries, *find_plainly(keys, queries))
 
@@ -161,7 +162,7 @@ def test_the_product_is_one_graph() -> None:
 
 @pytest.mark.parametrize("form", ["half", pytest.param("cells", marks=needs_faiss)])
 def test_the_other_forms_answer_in_a_compiled_function(form: index_module.Form) -> None:
-    index, queries = KeyIndex(draw(200, 18), form), draw(3, 19)
+    index, queries = KeyIndex(draw(200, 18), form), draw(1, 19)
     scores, rows = torch.compile(lambda states: index.find_best(states * 2), backend="aot_eager")(queries)
     assert rows.tolist() == index.find_best(queries * 2)[1].tolist()
 
