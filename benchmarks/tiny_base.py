@@ -61,7 +61,7 @@ def choose_options() -> "PrepareOptions":
     return PrepareOptions(layers=(1,), steps=15, clamp=2.0, weight_decay=0.0, kl=0.0)
 
 
-def start_root(root: str, base: Path, home: Path) -> None:
+def start_root(root: str, base: Path, home: Path, editor: str = "d4s") -> None:
     """A root with the stream `main`, which has no edits.
 
     Args:
@@ -71,8 +71,11 @@ def start_root(root: str, base: Path, home: Path) -> None:
     from errata.settings import load_settings
     from tasks.onboarding import start_stream
 
+    settings = load_settings(root=root, cache=home / "cache", device="cpu", threads=1)
+    if editor != "d4s":
+        start_stream(settings, str(base), editor=editor)
+        return
     profile, corpus = home / "profile.json", home / "corpus.txt"
     profile.write_text(json.dumps({"prepare": choose_options().model_dump(mode="json"), "lam": 1.0, "origin": "test"}))
     corpus.write_text("\n".join(SENTENCES))
-    settings = load_settings(root=root, cache=home / "cache", device="cpu", threads=1)
     start_stream(settings, str(base), profile=str(profile), corpus=corpus)

@@ -20,6 +20,10 @@ from registry.inbox import list_waiting
 from registry.stream import Stream
 
 BLANK = "[erased]"
+_NEURONS = ("neuron_state", "neuron_patch", "pairs")
+"""Kinds of objects that neurons of a version are in; manifests name pairs only as blocks of neurons."""
+_WEIGHTS = ("d4s_state", "weight_delta", "neuron_state", "neuron_patch")
+"""Kinds of objects that are made with edits, and again without them."""
 _SHORTEST = 3
 """Characters of a text that is looked for in remarks; a shorter one would be found everywhere."""
 
@@ -54,6 +58,10 @@ class Survey:
     """Object that a commit names itself → what it is; what manifests name has a dictionary of its own."""
     layers: dict[str, bool] = field(default_factory=dict)
     """Artifact, snapshot or change list → whether it carries one of the edits."""
+    versions: dict[str, set[int]] = field(default_factory=dict)
+    """Artifact or snapshot → the commits whose manifests name it."""
+    artifacts: dict[int, set[str]] = field(default_factory=dict)
+    """Commit → artifacts that its manifest names."""
     lines: dict[str, set[int]] = field(default_factory=dict)
     """Raw file → lines of theirs that were read."""
     reports: dict[str, list[int]] = field(default_factory=dict)
@@ -141,8 +149,22 @@ def _note_named(stream: Stream, commit: Commit, survey: Survey) -> None:
     for what, digest in list_layers(manifest):
         # A snapshot is of the first commit that names it; an artifact that a commit without the edits names is without them.
         carries = commit.seq in survey.commits and what != "change list"
+        if what != "change list":
+            survey.versions.setdefault(digest, set()).add(commit.seq)
+        if what == "artifact":
+            survey.artifacts.setdefault(commit.seq, set()).add(digest)
         known = survey.layers.setdefault(digest, carries)
         survey.layers[digest] = known and (carries or what == "snapshot")
+
+
+def _note_tombstones(stream: Stream, survey: Survey) -> None:
+    """Note the versions that are without the edits and carry them all the same: neurons of a withdrawn edit keep their keys."""
+    for digest, commits in survey.versions.items():
+        data = stream.objects.get(digest) if stream.objects.exists(digest) else b""
+        if _read_kind(data) in _NEURONS and _list_owners(data) & survey.wanted.ids:
+            survey.commits |= commits
+            for carrier in (digest, *(artifact for seq in commits for artifact in survey.artifacts.get(seq, ()))):
+                survey.layers[carrier] = True
 
 
 def plan_erasure(stream: Stream, survey: Survey, keep: Iterable[str], erase_pairs: ErasePairs, find_lines: FindLines) -> ErasureRecord:
@@ -152,6 +174,7 @@ def plan_erasure(stream: Stream, survey: Survey, keep: Iterable[str], erase_pair
         keep: objects of the new manifest.
     """
     wanted, kept = survey.wanted, set(keep)
+    _note_tombstones(stream, survey)
     gone: dict[str, Gone] = {}
     loose: list[tuple[str, datetime]] = []
     reach = _find_time(stream, survey.last)
@@ -160,13 +183,15 @@ def plan_erasure(stream: Stream, survey: Survey, keep: Iterable[str], erase_pair
     prefix = stream.key("objects/")
     for entry in list(stream.storage.list(prefix)):
         digest = entry.key.removeprefix(prefix)
-        if digest in survey.layers or digest in kept:
-            if survey.layers.get(digest) and digest not in kept:
+        if digest in kept:
+            continue
+        if digest in survey.layers and digest not in survey.named:  # a block of neurons may be an object of pairs, too
+            if survey.layers[digest]:
                 gone[digest] = Gone(digest=digest, what="weights or state with the edit")
             continue
         data = stream.storage.read(entry.key)
         kind = _read_kind(data)
-        if kind in ("d4s_state", "weight_delta") and digest not in survey.named:
+        if kind in _WEIGHTS and digest not in survey.named:
             loose.append((digest, entry.modified))
             continue
         found = _redact(data, kind, wanted, survey.lines.get(digest, set()), erase_pairs, find_lines)
@@ -247,11 +272,24 @@ def _list_keys(stream: Stream, wanted: Wanted, segments: set[str]) -> Iterable[s
 
 def _read_kind(data: bytes) -> str | None:
     """What a safetensors object of ours is; None for anything else."""
+    kind = _read_metadata(data).get("kind")
+    return None if kind is None else str(kind)
+
+
+def _list_owners(data: bytes) -> set[str]:
+    """The edits that a safetensors object of ours names as owners of its rows."""
+    metadata = _read_metadata(data)
+    return {edit_id for part in (metadata, metadata.get("tail", {})) for ids in part.get("owners") or () for edit_id in ids}
+
+
+def _read_metadata(data: bytes) -> dict[str, Any]:
+    """What a safetensors object of ours says of itself; nothing for anything else."""
     try:
         length = int.from_bytes(data[:8], "little")
-        return str(json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["errata"])["kind"])
+        found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["errata"])
     except (ValueError, KeyError, TypeError):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _redact(

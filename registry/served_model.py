@@ -153,6 +153,7 @@ class _Parts:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="errata-parts-")
+        self._files: dict[str, Path] = {}
 
     def read(self, uri: str, digest: str) -> bytes:
         """
@@ -161,12 +162,12 @@ class _Parts:
             ObjectCorruptError: its bytes are not those that were stored.
         """
         name = f"{digest}.safetensors"
-        kept = Path(self._folder.name) / "parts" / name
         run, _, path = uri.removeprefix("runs:/").partition("/")
         try:
-            if not kept.is_file():
-                mlflow.artifacts.download_artifacts(run_id=run, artifact_path=f"{path}/{name}", dst_path=self._folder.name)
-            data = kept.read_bytes()
+            if digest not in self._files:
+                where = mlflow.artifacts.download_artifacts(run_id=run, artifact_path=f"{path}/{name}", dst_path=self._folder.name)
+                self._files[digest] = Path(where)
+            data = self._files[digest].read_bytes()
         except Exception as error:
             raise ModelError(f"part {digest[:12]}: expected its file at {uri} of {mlflow.get_tracking_uri()}: {error}") from error
         _check(data, digest, name)

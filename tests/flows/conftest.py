@@ -235,13 +235,30 @@ def gate() -> dict[str, str]:
     return {**budgets, "ERRATA_DEVICE": "cpu", "ERRATA_THREADS": "1", "ERRATA_ACTOR": "ann"}
 
 
+@pytest.fixture(scope="session")
+def empty_neuron_root(tmp_path_factory: pytest.TempPathFactory, editable_folder: Path, empty_mlflow: Path) -> Path:
+    """As `empty_root`, with iReVa as the editor."""
+    home = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        start_root(str(home / "root"), editable_folder, home, editor="ireva")
+    shutil.copy(empty_mlflow, home / "root" / "mlflow.db")
+    return home / "root"
+
+
 @pytest.fixture
-def desk(empty_root: Path, gate: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def template(empty_root: Path) -> Path:
+    """What the root of a `desk` is copied from. A module of tests about another kind of stream has its own."""
+    return empty_root
+
+
+@pytest.fixture
+def desk(template: Path, gate: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     import mlflow
     import torch
 
     root, cache = tmp_path / "root", tmp_path / "cache"
-    shutil.copytree(empty_root, root)
+    shutil.copytree(template, root)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name, value in {**gate, "ERRATA_ROOT": str(root), "ERRATA_CACHE": str(cache)}.items():

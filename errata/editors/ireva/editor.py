@@ -28,7 +28,7 @@ from errata.modeling.layout import ModelLayout
 from errata.modeling.loading import Base
 from errata.modeling.offload import read_parameter
 from errata.modeling.patch import require_untouched
-from errata.modeling.tokens import find_pad, pad_rows
+from errata.modeling.tokens import encode_target, find_pad, pad_rows
 from errata.modeling.trace import capture_outputs
 from errata.profiles import NeuronProfile
 
@@ -229,17 +229,15 @@ class IReVa:
         refused: dict[str, str] = {}
         for edit in edits:
             try:
-                row = build_rows(base.tokenizer, edit, ("{}",), base.span)
+                if (count := len(encode_target(base.tokenizer, edit.target_new))) > most:
+                    refused[edit.edit_id] = (
+                        f"expected a target of at most {most} tokens, found {count}: each takes a neuron, and the answer breaks off at the "
+                        "first that does not fire (`max_target_tokens` of the profile)"
+                    )
+                    continue
+                rows[edit.edit_id] = build_rows(base.tokenizer, edit, ("{}",), base.span)
             except TokenizationError as error:
                 refused[edit.edit_id] = str(error)
-                continue
-            if len(row.target) > most:
-                refused[edit.edit_id] = (
-                    f"expected a target of at most {most} tokens, found {len(row.target)}: each takes a neuron, and the answer breaks off "
-                    "at the first that does not fire (`max_target_tokens` of the profile)"
-                )
-                continue
-            rows[edit.edit_id] = row
         return rows, refused
 
     def _require_base(self, base: Base) -> None:
