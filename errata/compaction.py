@@ -4,7 +4,7 @@ Thousands of additions and subtractions each round in the last bit. Pairs that a
 state is that of a stream to which exactly the live edits were added, and its recipe begins there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ class Compaction:
     manifest: Manifest
     gap: float
     """Relative, in float64; infinite where the head's state holds another number of pairs."""
+    uncovered: Mapping[str, str]
+    """`Editor.find_uncovered` of the head's state."""
 
 
 def compact_state(blobs: Blobs, editor: Editor[Any], head: Manifest, live: Sequence[PairRef]) -> Compaction:
@@ -36,8 +38,8 @@ def compact_state(blobs: Blobs, editor: Editor[Any], head: Manifest, live: Seque
         EditorError: a system cannot be solved.
     """
     before = load_state(blobs, editor, head.layers[0].state)
-    count, wanted = before.count, editor.solve_exact(before)
+    count, wanted, uncovered = before.count, editor.solve_exact(before), editor.find_uncovered(before)
     del before
     made = restart_state(blobs, editor, head.base, head.profile, live)
     gap = measure_gap(editor.solve_exact(made.state), wanted) if made.state.count == count else float("inf")
-    return Compaction(store_restart(blobs, editor, head.base, head.profile, made), gap)
+    return Compaction(store_restart(blobs, editor, head.base, head.profile, made), gap, uncovered)

@@ -25,6 +25,7 @@ CorpusPath = Annotated[
         help="What the model must go on knowing: text, a passage per line, or JSONL with the field 'text'.",
     ),
 ]
+Editor = Annotated[str, typer.Option(help="'d4s' writes into weights, 'ireva' adds neurons beside them.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 out = Console()

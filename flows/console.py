@@ -38,6 +38,7 @@ from flows.commandline import (
     REFUSED,
     AsJson,
     CorpusPath,
+    Editor,
     StreamName,
     Yes,
     confirm,
@@ -89,7 +90,7 @@ def main() -> None:
 def init(
     stream: StreamName = None,
     base: Annotated[str, typer.Option(help="'builtin', a model folder, or a Hugging Face id.")] = "builtin",
-    editor: Annotated[str, typer.Option(help="'d4s' writes into weights, 'ireva' adds neurons beside them.")] = "d4s",
+    editor: Editor = "d4s",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
     profile: Annotated[str | None, typer.Option(help="JSON file with the editor's options, or a stored profile's digest.")] = None,
     corpus: CorpusPath = None,
@@ -361,13 +362,13 @@ def doctor(stream: StreamName = None, as_json: AsJson = False) -> None:
 
 
 @app.command(epilog=EPILOG)
-def demo() -> None:
+def demo(editor: Editor = "d4s") -> None:
     """Several batches on the built-in base, from submission to an answering MLflow version, and where to look further."""
     settings = load_settings()
     start_prefect(settings)
     from flows.demo import run_demo
 
-    run_demo(settings, out)
+    run_demo(settings, out, editor)
 
 
 console_undo.add_commands(app)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from errata.settings import load_settings
 from flows import views
-from flows.commandline import EPILOG, REFUSED, AsJson, out, print_json
+from flows.commandline import EPILOG, REFUSED, AsJson, Editor, out, print_json
 from flows.prefect_server import ready_prefect
 
 _PLACES = {"device": "device", "memory": "main memory", "disk": "disk"}
@@ -23,7 +23,7 @@ def add_commands(app: typer.Typer) -> None:
 
 def plan(
     base: Annotated[str, typer.Option(help="'builtin', a model folder, a config.json, or a Hugging Face id.")] = "builtin",
-    editor: Annotated[str, typer.Option(help="'d4s' or 'ireva'.")] = "d4s",
+    editor: Editor = "d4s",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id.")] = None,
     profile: Annotated[Path | None, typer.Option(help="JSON file with the editor's options.")] = None,
     edits: Annotated[int, typer.Option(min=1, help="Live at once.")] = 1_000,

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from errata.builtin import CAVEAT
+from errata.editors.catalogue import require_editor
 from errata.edits import Edit, Submission, canonical_json, spell_submission
-from errata.errors import UnknownNameError
+from errata.errors import RegistryError, UnknownNameError
 from errata.redaction import redact
 from errata.settings import Settings
 from errata.world import make_world
@@ -28,14 +29,15 @@ _BATCHES = 3
 _NAME = re.compile(r"demo-(\d+)")
 
 
-def run_demo(settings: Settings, out: Console) -> None:
+def run_demo(settings: Settings, out: Console, editor: str) -> None:
     """Submit, apply, ask: with a malformed record, a duplicate and a replacement among the edits."""
+    require_editor(editor)
     root = Path(ROOT).absolute()
     os.environ |= {"ERRATA_ROOT": str(root), "ERRATA_APPLY__BATCH_SIZE": str(_BATCH), "ERRATA_STREAM": _next_name(str(root))}
     settings = Settings(cache=settings.cache, device=settings.device, threads=settings.threads)
-    out.rule(f"stream {settings.stream} on the built-in base")
+    out.rule(f"stream {settings.stream} on the built-in base, written by {editor}")
     out.print(f"[dim]{CAVEAT}[/]\n")
-    stream = start_stream(settings, BUILTIN_NAME)
+    stream = start_stream(settings, BUILTIN_NAME, editor=editor)
     edits = make_world().make_edits(_BATCH * _BATCHES, seed=0)
     _submit(stream, edits, out)
     out.rule("apply")
@@ -76,7 +78,10 @@ def _point_further(settings: Settings, stream: Stream, out: Console) -> None:
     registry = open_registry(settings)
     out.rule("look further")
     version = registry.find_version(stream.name, stream.head.champion)
-    plot = registry.save_plot(version, Path(settings.root) / "plots" / stream.name) if version else "none"
+    try:
+        plot = str(registry.save_plot(version, Path(settings.root) / "plots" / stream.name)) if version else "none"
+    except RegistryError:
+        plot = "none: no weight was changed"
     refused = [
         row
         for seq in range(1, stream.head.seq + 1)
@@ -86,7 +91,7 @@ def _point_further(settings: Settings, stream: Stream, out: Console) -> None:
     out.print(
         views.build_pairs(
             [
-                ("norm plot", escape(str(plot))),
+                ("norm plot", escape(plot)),
                 ("refused", escape(f"{refused[0]['origin']}: {refused[0]['reason']}" if refused else "nothing")),
                 ("the log", f"ERRATA_ROOT={ROOT} errata log --stream {stream.name}"),
                 ("one commit", f"ERRATA_ROOT={ROOT} errata show head --stream {stream.name}"),

@@ -16,6 +16,8 @@ from tasks._task import stage
 from tasks.committing import commit_once, describe_writer
 from tasks.replaying import spell_live
 
+_TOLD = 5
+"""Withdrawn edits named at most."""
 _CHECK = "`errata rebuild --check` says where the log and the state part; nothing was committed"
 
 
@@ -83,8 +85,14 @@ def compact_stream(settings: Settings, stream: Stream, *, dry_run: bool) -> Comp
             raise ConflictError(f"expected commit {head.seq} to be the newest, found {newer.seq}: another writer committed")
         said = f"expected weights within {RELATIVE:.1e} of those of commit {head.accepted}, found them {made.gap:.1e} apart. {_CHECK}"
         return conclude("refuse", gap=made.gap, reasons=(said,))
+    told = [
+        f"{live_id} answers what {removed}, which was withdrawn, asks, from now on: nothing stands between them any more"
+        for removed, live_id in list(made.uncovered.items())[:_TOLD]
+    ]
+    if len(made.uncovered) > _TOLD:
+        told.append(f"and so for {len(made.uncovered) - _TOLD} more")
     if dry_run:
-        return conclude("accept", gap=made.gap)
+        return conclude("accept", gap=made.gap, reasons=told)
     draft = CompactionCommit(
         seq=head.seq + 1,
         parent=head.digest,
@@ -94,9 +102,9 @@ def compact_stream(settings: Settings, stream: Stream, *, dry_run: bool) -> Comp
         promoted=head.champion == head.accepted,
         report=accepted.report,
         decision="accept",
-        reasons=(f"summed {len(refs)} pairs anew; the weights moved by {made.gap:.1e}",),
+        reasons=(f"summed {len(refs)} pairs anew; the weights moved by {made.gap:.1e}", *told),
         seconds={"compact": round(time.perf_counter() - begun, 3)},
         **describe_writer(settings),
     )
     commit_once(stream, draft)
-    return conclude("accept", draft.seq, made.gap)
+    return conclude("accept", draft.seq, made.gap, told)

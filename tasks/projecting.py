@@ -162,7 +162,7 @@ def plot_history(stream: Stream, seq: int, work: Path) -> Path | None:
             points.append(NormPoint(commit=commit.seq, live=report.live or 0, norms=report.norms))
         if len(points) == _PLOTTED:
             break
-    return plot_norms(points, work / "weight_norms.png") if points else None
+    return plot_norms(points, work / "weight_norms.png") if any(point.norms for point in points) else None
 
 
 def verify_version(settings: Settings, stream: Stream, registry: ModelRegistry, version: Version) -> None:

@@ -297,6 +297,12 @@ class Editor(Protocol[S]):
         """How much of each pair's residual its own part of the artifact realises: [n] float64, 1 being all of it."""
         ...
 
+    def find_uncovered(self, state: S) -> Mapping[str, str]:
+        """Edits that were removed and that the state still keeps others from answering for: id → id of the live edit that would answer
+        their own prompt instead of the base, once the state is built anew from its live pairs. Empty for an editor that keeps nothing of
+        what was removed."""
+        ...
+
     def measure_conditions(self, state: S) -> Mapping[str, float]:
         """Parameter name → condition number of the matrix that its weights are solved with; empty for a state without edits."""
         ...

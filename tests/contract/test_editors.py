@@ -314,6 +314,16 @@ def test_a_stored_artifact_is_the_artifact(editor: Editor[Any], pairs: Pairs) ->
     assert stored.base == artifact.base
 
 
+def test_what_is_left_of_removed_edits_is_said(editor: Editor[Any], pairs: Pairs) -> None:
+    """A state built anew keeps nothing from anybody."""
+    full, rest = add(editor, pairs), range(3, len(pairs))
+    assert editor.find_uncovered(full) == {}
+    uncovered = editor.find_uncovered(editor.merge(full, None, pick(pairs, range(3))))
+    removed, live = ({ids for row in rows for ids in pairs.owners[row]} for rows in (range(3), rest))
+    assert set(uncovered) <= removed and set(uncovered.values()) <= live
+    assert editor.find_uncovered(add(editor, pick(pairs, rest))) == {}
+
+
 @pytest.mark.parametrize("name", ["base", "prepare"])
 def test_pairs_made_elsewhere_are_refused(editor: Editor[Any], pairs: Pairs, name: str) -> None:
     foreign = dataclasses.replace(pairs, **{name: "f" * 64})

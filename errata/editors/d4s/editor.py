@@ -266,6 +266,11 @@ class D4S:
             total += (keys * below[layer]).sum(dim=0)
         return total
 
+    def find_uncovered(self, state: D4SState) -> dict[str, str]:
+        """See `Editor.find_uncovered`: what is subtracted leaves nothing."""
+        self._require_own(state)
+        return {}
+
     def measure_conditions(self, state: D4SState) -> dict[str, float]:
         """See `Editor.measure_conditions`: of λC + kk (`estimate_condition`). Raises EditorError: a system is singular."""
         self._require_own(state)

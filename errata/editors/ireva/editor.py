@@ -170,6 +170,11 @@ class IReVa:
             fits.append(sum(reached) / len(reached))
         return torch.tensor(fits, dtype=torch.float64)
 
+    def find_uncovered(self, state: NeuronState) -> dict[str, str]:
+        """See `Editor.find_uncovered`: tombstones on whose key a live neuron fires (algorithms.md, resolution L)."""
+        self._require_own(state)
+        return state.find_uncovered(self._profile.solve.theta)
+
     def measure_conditions(self, state: NeuronState) -> dict[str, float]:
         """See `Editor.measure_conditions`: nothing is solved for."""
         self._require_own(state)

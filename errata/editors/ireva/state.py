@@ -7,7 +7,7 @@ becomes a tombstone: its key goes on winning what is nearest to it, so that no o
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -16,7 +16,7 @@ import torch
 
 from errata.editors.artifacts import Fetch, Parts, pack_tensors, unpack_tensors
 from errata.editors.base import Pairs
-from errata.editors.neurons import Block
+from errata.editors.neurons import Block, find_bias
 from errata.edits import digest_of
 from errata.errors import EditorError
 
@@ -108,6 +108,29 @@ class NeuronState:
                 digests.append(digest_of(kept.to_bytes()) if rows or number >= len(self.digests) else self.digests[number])
         dead = frozenset(place - sum(other < place for other in gone) for place in self.dead - gone)
         return type(self)(self.base, self.prepare, tuple(blocks), tuple(digests[:-1]), dead)
+
+    def find_uncovered(self, theta: float) -> dict[str, str]:
+        """Ids of tombstones → id of the live edit whose neuron is nearest to their keys, where that fires without them."""
+        living = [(block.take([row for row in range(len(block)) if first + row not in self.dead])) for first, block in self._number()]
+        kept = [block for block in living if len(block)]
+        keys = torch.cat([_read_keys(block) for block in kept]) if kept else torch.empty(0, 0)
+        owners = [ids[0] for block in kept for ids, count in zip(block.owners, block.sizes, strict=True) for _ in range(count)]
+        found = {}
+        for place in sorted(self.dead):
+            number, row = self._locate(place)
+            tombstone = self.blocks[number].take([row])
+            products = _read_keys(tombstone) @ keys.T
+            best = int(products.max(dim=0).values.argmax())
+            if float(products.max()) > find_bias(theta, keys.shape[1]):
+                found[tombstone.owners[0][0]] = owners[best]
+        return found
+
+    def _number(self) -> Iterator[tuple[int, Pairs]]:
+        """Blocks with the number of their first pair."""
+        first = 0
+        for block in self.blocks:
+            yield first, block
+            first += len(block)
 
     def _locate(self, place: int) -> tuple[int, int]:
         """Block and row of a pair."""
