@@ -158,3 +158,32 @@ def test_an_erased_edit_leaves_no_tombstone(desk: Any, make_edit: Make, errata: 
     assert {item["state"] for item in check(errata)["findings"]} == {"erased"}
     shutil.rmtree(desk.cache)
     assert errata("status").code == 0
+
+
+def test_live_edits_move_to_another_layer_and_into_another_stream(
+    desk: Any, make_edit: Make, errata: Errata, tmp_path: Path, ask: Callable[[Edit], str]
+) -> None:
+    edits = [make_edit(number, id=f"case-{number}") for number in range(3)]
+    desk.submit("monday", *edits)
+    desk.apply()
+    profile = tmp_path / "trained.json"
+    trained = {"theta": 0.75, "gain": 80.0, "steps": 2}
+    profile.write_text(json.dumps({"editor": "ireva", "prepare": {"layer": 1, "retrofit": trained}, "solve": {"theta": 0.75}}))
+    ran = errata("rebase", "main", "--profile", str(profile), "--yes", "--json")
+    assert ran.code == 0 and ran.json["decision"] == "accept" and ran.json["live"] == 3, ran.out + ran.err
+    assert desk.read_manifest(2).layers[0].editor == "ireva"
+    assert check(errata)["findings"] == []
+    deep = tmp_path / "deep.json"
+    deep.write_text(json.dumps({"editor": "ireva", "prepare": {"layer": 7}}))
+    ran = errata("rebase", "main", "--profile", str(deep), "--yes")
+    assert ran.code == 2 and "expected a layer from 0 to 2" in ran.err
+    desk.roll_back(1)
+    assert ask(edits[0]).startswith(edits[0].target_new.split()[0])
+
+    folder = json.loads(errata("status", "--json").out)
+    ran = errata("init", "--stream", "other", "--editor", "ireva", "--base", str(folder["base"]["source"]))
+    assert ran.code == 0, ran.out + ran.err
+    ran = errata("merge", "main", "other", "--yes", "--json")
+    assert ran.code == 0, ran.out + ran.err
+    answers = errata("ask", edits[1].rewrite_prompt, "--stream", "other", "--json")
+    assert edits[1].target_new.split()[0] in answers.out

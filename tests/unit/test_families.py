@@ -13,6 +13,7 @@ from errata.calibration.trials import Desk
 from errata.candidates import build_anew
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import collect_moments
+from errata.editors.ireva.editor import IReVa
 from errata.editors.kinds import load_artifact
 from errata.edits import Edit
 from errata.evaluation.answered import find_answered
@@ -22,7 +23,7 @@ from errata.modeling.export import export_folder
 from errata.modeling.layout import LAYOUTS
 from errata.modeling.loading import Base, load_base
 from errata.modeling.patch import attach
-from errata.profiles import PrepareOptions, Profile, SolveOptions
+from errata.profiles import GateOptions, NeuronOptions, NeuronProfile, PrepareOptions, Profile, Retrofit, SolveOptions
 from errata.suggestions import suggest_profile
 from registry.objects import ObjectStore
 from registry.storage.memory import MemoryStorage
@@ -80,6 +81,26 @@ def test_an_edit_takes_is_exported_and_comes_off(base: Base, tmp_path: Path) -> 
     exported = load_base(export_folder(base, [artifact], tmp_path / "model", {}), device="cpu")
     assert torch.equal(read_logits(exported), edited)
     assert load_base(export_folder(base, [], tmp_path / "base", {}), device="cpu").digest == base.digest
+
+
+@pytest.mark.parametrize("retrofit", [None, Retrofit(theta=0.75, gain=80.0)], ids=["plain", "retrofit"])
+def test_neurons_answer_and_are_silent_elsewhere(calibrated: Base, retrofit: Retrofit | None) -> None:
+    """Keys of a random model need not tell facts apart, hence the high threshold."""
+    base = calibrated
+    before, layer = read_logits(base), base.layout.count_layers(base.model) - 1
+    prepare = NeuronOptions(layer=layer, retrofit=retrofit)
+    editor = IReVa(NeuronProfile(base=base.digest, prepare=prepare, solve=GateOptions(theta=0.95, gain=500.0)), base.layout)
+    edits = [edit.model_copy(update={"target_new": "Danish French"}) for edit in EDITS]
+    prepared = editor.prepare(base, edits)
+    assert prepared.pairs is not None and not prepared.refused and prepared.pairs.sizes == (2, 2)
+    artifact = editor.solve(editor.merge(editor.empty_state(), prepared.pairs, None))
+    assert artifact is not None
+    with attach(base, [artifact]):
+        taken = find_answered(base, edits, 1_000)
+        said = generate_answers(base, [edit.rewrite_prompt for edit in edits], max_new_tokens=2, batch_tokens=1_000)
+        elsewhere = read_logits(base)
+    assert taken == edits and [text.strip() for text in said] == ["Danish French"] * 2
+    assert torch.equal(elsewhere, before) and torch.equal(read_logits(base), before)
 
 
 def test_a_calibrated_profile_does_on_the_exported_model_what_its_trial_did(calibrated: Base, tmp_path: Path) -> None:
