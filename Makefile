@@ -37,6 +37,7 @@ bench: $(STAMP)  ## print the benchmarks; each says what it measures
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.edit_speed
 	$(BIN)/python -m benchmarks.withdrawal
+	$(BIN)/python -m benchmarks.withdrawal_trace
 	$(BIN)/python -m benchmarks.long_run
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.orchestration

@@ -16,6 +16,7 @@ from flows import (
     console_adopt,
     console_alerts,
     console_approval,
+    console_ask,
     console_calibrate,
     console_erase,
     console_inbox,
@@ -317,24 +318,6 @@ def drop(
 
 
 @app.command(epilog=EPILOG)
-def ask(
-    prompts: Annotated[list[str], typer.Argument(help="What the model is to continue.")],
-    stream: StreamName = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 12,
-    as_json: AsJson = False,
-) -> None:
-    """Base and champion side by side, greedily."""
-    if not all(prompt.strip() for prompt in prompts):
-        raise InputError("ask: expected prompts with some text, found an empty one")
-    settings, opened = open_here(stream)
-    ready_prefect(settings)
-    from tasks.asking import answer_prompts
-
-    rows = answer_prompts(settings, opened, prompts, max_new_tokens)
-    print_json(rows) if as_json else out.print(views.build_answers(rows))
-
-
-@app.command(epilog=EPILOG)
 def repair(stream: StreamName = None) -> None:
     """Make MLflow show what the log says, and tidy the inbox. Safe to repeat."""
     settings, opened = open_here(stream)
@@ -372,6 +355,7 @@ def demo(editor: Editor = "d4s") -> None:
 
 
 console_undo.add_commands(app)
+console_ask.add_commands(app)
 console_calibrate.add_commands(app)
 console_approval.add_commands(app)
 console_merge.add_commands(app)

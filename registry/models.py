@@ -193,10 +193,15 @@ class ModelRegistry(Runs):
     def log_watch(self, version: Version, metrics: Mapping[str, float], moment: int, step: int, files: Sequence[Path]) -> None:
         """Add what the watch measured to a version's run: `metrics` at `moment` (milliseconds), `files` in the folder `watch`, where they
         replace those of the watch before."""
+        self.log_metrics(version, "watch", metrics, moment, step)
         with self.reporting(f"show the watch of {version.uri}"):
-            self.client.log_batch(version.run, [Metric(f"watch.{name}", value, moment, step) for name, value in metrics.items()])
             for path in files:
                 self.client.log_artifact(version.run, str(path), "watch")
+
+    def log_metrics(self, version: Version, what: str, metrics: Mapping[str, float], moment: int, step: int) -> None:
+        """Add what was measured after a version was made to its run, as `<what>.<name>`, at `moment` (milliseconds)."""
+        with self.reporting(f"log {what} of {version.uri}"):
+            self.client.log_batch(version.run, [Metric(f"{what}.{name}", value, moment, step) for name, value in metrics.items()])
 
     def hide_version(self, version: Version, erasure: int, *, weights: bool, report: bytes | None) -> None:
         """Remove what a version holds of edits that commit `erasure` erased. Safe to repeat.

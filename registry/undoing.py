@@ -123,6 +123,29 @@ def compare_live(stream: Stream, target: int) -> list[Outcome]:
     return [outcome for _, outcome in sorted(changed, key=lambda item: item[0])]
 
 
+class Served(NamedTuple):
+    """A live edit of the champion."""
+
+    row: EditRow
+    """As it stands at the head."""
+    pairs: str
+    """Digest of the object that its pair lies in."""
+    line: int
+    """Row of that object."""
+
+
+def list_served(stream: Stream) -> list[Served]:
+    """The live edits of the champion, in order of arrival: those of the head, but where a challenger waits, which may have moved them."""
+    moved = {outcome.occurrence or "": outcome for outcome in compare_live(stream, stream.head.champion)}
+    stays = [Served(row, row.pairs or "", row.row or 0) for row in stream.index.find_rows("live") if row.occurrence not in moved]
+    back = [
+        Served(stream.resolve_edit(name), outcome.pairs or "", outcome.row or 0)
+        for name, outcome in moved.items()
+        if outcome.outcome == "live"
+    ]
+    return sorted(stays + back, key=lambda served: (served.row.seq, served.row.position))
+
+
 def describe_standing(row: EditRow) -> Standing:
     """Where an occurrence stands now, for the commit that is about to move it."""
     place = {"pairs": row.pairs, "row": row.row} if row.status == "live" else {}

@@ -4,6 +4,7 @@ A neuron answers where the model is about to predict, and only there: at the las
 fires where that is close enough to its key, and adds its value, a row of the unembedding, to what the MLP says. No weight changes.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -92,12 +93,19 @@ class Firing(NamedTuple):
     cosine: float
     activation: float
     """After the gate: k·x − b where the neuron fires, 0 where it does not."""
+    excess: float
+    """Cosine minus θ: how far above the threshold, or below it."""
     added: float
     """‖what was added‖ / ‖the value‖: the gain that was reached. 0 for a tombstone."""
     rival: Place | None
     """The nearest neuron of another edit."""
     margin: float
     """Cosine by which the rival is farther away; 2, more than there can be, without one."""
+
+    @property
+    def told(self) -> str:
+        """`fired`; `tombstone` where a withdrawn edit's neuron caught it, so that nothing was added; `none` below the threshold."""
+        return "none" if self.excess <= 0 else "fired" if self.place.live else "tombstone"
 
 
 @dataclass(frozen=True)
@@ -240,25 +248,49 @@ class Neurons:
     def explain(self, x: torch.Tensor) -> list[Firing]:
         """Which neuron answers each input [m, d], and how clearly, whatever the pooling."""
         places, width = self._patch.places, self._patch.width - 1
-        products = standardise(x) @ self._keys.T
+        # Neurons of one edit are no rivals of each other: as many as it may have are looked past.
+        best, index = self._index.find_several(standardise(x), self._longest + 1)
         firings = []
-        for row in products:
-            # Neurons of one edit are no rivals of each other: as many as it may have are looked past.
-            best, index = row.sort(descending=True, stable=True)
-            place = places[int(index[0])]
-            other = next((rank for rank, at in enumerate(index.tolist()) if places[at].edits != place.edits), None)
-            activation = float(open_gate(best[0] - self._bias, silent=self._patch.silent))
+        for scores, rows in zip(best, index.tolist(), strict=True):
+            place = places[rows[0]]
+            other = next((rank for rank, row in enumerate(rows) if places[row].edits != place.edits), None)
+            activation, cosine = float(open_gate(scores[0] - self._bias, silent=self._patch.silent)), float(scores[0]) / width
             firings.append(
                 Firing(
                     place=place,
-                    cosine=float(best[0]) / width,
+                    cosine=cosine,
                     activation=activation,
+                    excess=cosine - self._patch.theta,
                     added=self._scale * activation if place.live else 0.0,
-                    rival=places[int(index[other])] if other is not None else None,
-                    margin=float(best[0] - best[other]) / width if other is not None else 2.0,
+                    rival=places[rows[other]] if other is not None else None,
+                    margin=float(scores[0] - scores[other]) / width if other is not None else 2.0,
                 )
             )
         return firings
+
+    def answer_without(self, x: torch.Tensor, withheld: Sequence[tuple[str, ...]]) -> torch.Tensor:
+        """As a call, if input i [m, d] had been asked of the same neurons after a withdrawal of the edits `withheld[i]`, which share one
+        pair: many withdrawals, each alone, in one pass."""
+        query, live, places = standardise(x), len(self._values) - 1, self._patch.places
+        if self._patch.pooled:
+            scores, index = self._index.find_several(query, self._longest + 1)
+            rows = []
+            for found, near, owners in zip(scores, index.tolist(), withheld, strict=True):
+                # Of equal scores a live neuron wins over a tombstone, which those of `owners` are now.
+                equal = near[: int((found == found[0]).sum())]
+                rows.append(next((row for row in equal if places[row].edits != owners), live))
+            activations = open_gate(scores[:, 0] - self._bias, silent=self._patch.silent)
+            added = activations[:, None] * self._values[torch.tensor(rows, device=x.device).clamp(max=live)]
+        else:
+            opened = open_gate(query @ self._keys[:live].T - self._bias, silent=self._patch.silent)
+            own = [[place.edits == owners for place in places[:live]] for owners in withheld]
+            added = opened.masked_fill(torch.tensor(own, device=x.device), 0.0) @ self._values[:live]
+        return (self._scale * added).to(x.dtype)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Most neurons that edits have which share their ids: a live pair and its tombstones."""
+        return max(Counter(place.edits for place in self._patch.places).values())
 
 
 def order_written(layer: int, blocks: Sequence[Block], dead: frozenset[int]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ Teacher forcing leaks the answer's content and length; this is the honest measur
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,26 @@ _SENTENCE_END = re.compile(r"""(\S+?)[.!?]+["'”’)\]]*(?=\s)""")
 _ABBREVIATIONS = frozenset(["st", "mr", "mrs", "ms", "dr", "jr", "sr", "mt", "vs", "prof", "gen", "col"])
 
 
+class Continued(NamedTuple):
+    """A prompt and how a model goes on."""
+
+    prompt: list[int]
+    """Ids that were fed."""
+    answer: str
+    """Cut at its natural stop and trimmed."""
+    ids: list[int]
+    """Those of the answer; at least one, which is the token that ended it where there is no answer."""
+
+
+@torch.inference_mode()
+def continue_prompt(base: Base, prompt: str, *, max_new_tokens: int) -> Continued:
+    """The same answer as `generate_answers` gives, with its tokens."""
+    fed = _encode(base, prompt, max_new_tokens)
+    ((answer, ids),) = _continue_rows(base, [fed], max_new_tokens)
+    needed = (count for count in range(1, len(ids)) if len(_decode(base, ids[:count]).strip()) >= len(answer))
+    return Continued(fed, answer, ids[: next(needed, len(ids))])
+
+
 @torch.inference_mode()
 def generate_answers(
     base: Base, prompts: Sequence[str], *, max_new_tokens: int, batch_tokens: int, stage: str = "answer", progress: Progress | None = None
@@ -26,13 +47,13 @@ def generate_answers(
     Rows of similar length share a batch, padded on the left with masked positions; positions count from each row's first real token,
     so a row's answer does not depend on its neighbours beyond rounding. A prompt that leaves no room in the context loses its beginning.
     """
-    encoded = [encode_prompt(base.tokenizer, prompt)[-max(base.context - max_new_tokens, 1) :] for prompt in prompts]
+    encoded = [_encode(base, prompt, max_new_tokens) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     answers = [""] * len(prompts)
     done = 0
     for batch in split_by_tokens([len(encoded[index]) + max_new_tokens for index in order], batch_tokens):
         indices = [order[place] for place in batch]
-        for index, answer in zip(indices, _continue_rows(base, [encoded[index] for index in indices], max_new_tokens), strict=True):
+        for index, (answer, _) in zip(indices, _continue_rows(base, [encoded[index] for index in indices], max_new_tokens), strict=True):
             answers[index] = answer
         done += len(indices)
         if progress:
@@ -73,13 +94,20 @@ def _normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).casefold().split()).lstrip("\"'“‘«([ ")
 
 
-def _continue_rows(base: Base, rows: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """The rows' answers. Runs until each row has stopped; a stopped row is carried along and ignored."""
+def _encode(base: Base, prompt: str, max_new_tokens: int) -> list[int]:
+    """Ids of a prompt, without the beginning that leaves no room for the answer."""
+    return encode_prompt(base.tokenizer, prompt)[-max(base.context - max_new_tokens, 1) :]
+
+
+def _continue_rows(base: Base, rows: Sequence[list[int]], max_new_tokens: int) -> list[tuple[str, list[int]]]:
+    """The rows' answers, with all tokens that were chosen until it was known that they had ended. Runs until each row has stopped; a
+    stopped row is carried along and ignored."""
     body, head = base.model.get_submodule(base.layout.body), base.model.get_submodule(base.layout.head)
     ends = find_ends(base.tokenizer, base.model)
     tokens, mask = pad_rows(rows, find_pad(base.tokenizer), "left", base.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = None
+    chosen_ids: list[list[int]] = [[] for _ in rows]
     written: list[list[int]] = [[] for _ in rows]
     answers: list[str | None] = [None] * len(rows)
     for _ in range(max_new_tokens):
@@ -88,6 +116,7 @@ def _continue_rows(base: Base, rows: Sequence[list[int]], max_new_tokens: int) -
         chosen = head(output.last_hidden_state[:, -1]).argmax(-1)  # [rows]
         for index, token in enumerate(chosen.tolist()):
             if answers[index] is None:
+                chosen_ids[index].append(token)
                 if token not in ends:
                     written[index].append(token)
                 text = _decode(base, written[index])
@@ -98,7 +127,8 @@ def _continue_rows(base: Base, rows: Sequence[list[int]], max_new_tokens: int) -
             break
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-    return [(_decode(base, ids) if answer is None else answer).strip() for answer, ids in zip(answers, written, strict=True)]
+    texts = [(_decode(base, ids) if answer is None else answer).strip() for answer, ids in zip(answers, written, strict=True)]
+    return list(zip(texts, chosen_ids, strict=True))
 
 
 def _decode(base: Base, ids: list[int]) -> str:

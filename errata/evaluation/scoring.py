@@ -54,7 +54,7 @@ def score_targets(
     distinct = list(dict.fromkeys(questions))
     readings: dict[_Row, list[_Reading]] = {}
     for question in distinct:
-        row, target = _encode(base, question)
+        row, target = encode_question(base, question)
         readings.setdefault((row, max(len(target), 1)), []).append((question, target))
     rows = sorted(readings, key=lambda row: len(row[0]))
     found: dict[Question, Scored] = {}
@@ -64,6 +64,19 @@ def score_targets(
         if progress:
             progress(stage, len(found), len(distinct))
     return {question: found[question] for question in distinct}
+
+
+@torch.inference_mode()
+def score_rows(base: Base, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Scored]:
+    """Score rows of ids, (what is fed, the target) as `encode_question` spells them, in one batch. Active positions come in the order of
+    the rows, one after the other.
+
+    Args:
+        rows: each with a target of one token or more.
+    """
+    readings: list[list[_Reading]] = [[((str(index), None), target)] for index, (_, target) in enumerate(rows)]
+    scored = _score_batch(base, [(row, len(target)) for row, target in rows], readings)
+    return [scored[question] for ((question, _),) in readings]
 
 
 def split_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[range]:
@@ -83,7 +96,7 @@ _Reading = tuple[Question, tuple[int, ...]]
 """A question and its target's token ids, to be read off a row that is fed."""
 
 
-def _encode(base: Base, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def encode_question(base: Base, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The row to feed, and the target ids. The target's last token is predicted, never fed."""
     prompt, target = question
     wanted = tuple(encode_target(base.tokenizer, target)) if target is not None else ()

@@ -197,7 +197,7 @@ def test_every_command_says_its_exit_codes(errata: Run) -> None:
     overview = errata("--help")
     assert overview.code == 0
     commands = [["init"], ["submit"], ["apply"], ["status"], ["log"], ["show"], ["quarantine"], ["quarantine", "retry"]]
-    commands += [["quarantine", "drop"], ["ask"], ["repair"], ["demo"], ["doctor"]]
+    commands += [["quarantine", "drop"], ["ask"], ["trace"], ["repair"], ["demo"], ["doctor"]]
     assert all(command[0] in overview.out for command in commands)
     for command in [[], *commands]:
         assert "0 done, 1 fault, 2 bad input, 3 refused by the gate, 4 conflict" in " ".join(errata(*command, "--help").out.split())

@@ -10,7 +10,7 @@ from errata.edits import SLOT
 from errata.errors import InputError
 from errata.world import RELATIONS, World, WorldSettings, make_world
 
-KINDS = ("distinct", "mixed")
+KINDS = ("distinct", "mixed", "slots")
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +113,12 @@ def test_withheld_phrasings_never_occur_in_the_corpus(world: World) -> None:
     withheld = {f"{fact.prompts[fact.withheld]} {fact.object}." for fact in world.facts if fact.withheld is not None}
     assert withheld
     assert not withheld & set(world.corpus(seed=0, count=20_000))
+
+
+def test_slot_edits_are_about_another_fact_each(world: World) -> None:
+    """More than there are persons: the whole world but for its two-word objects can be edited."""
+    edits = world.make_edits(700, 0, "slots")
+    assert len({edit.slot for edit in edits}) == 700 > len(world.persons)
+    assert all(" " not in text for edit in edits for text in (edit.target_new, edit.target_true or ""))
+    with pytest.raises(InputError, match="slot edits: expected at most"):
+        world.make_edits(1_201, 0, "slots")
