@@ -54,19 +54,24 @@ def export(
     reference: Reference,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty folder.")],
     stream: StreamName = None,
+    pyfunc: Annotated[bool, typer.Option("--pyfunc", help="A folder for `mlflow.pyfunc.load_model`, base included.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the model of a commit as an ordinary Hugging Face folder with merged weights, for any server."""
+    """Write the model of a commit as an ordinary Hugging Face folder with merged weights, for any server.
+
+    Neurons are no weights: a stream that has them is exported with --pyfunc.
+    """
     settings, opened = open_here(stream)
     seq = lookup.resolve_state(settings, opened, reference)
     ready_prefect(settings)
-    from tasks.exporting import export_commit
+    from tasks.exporting import export_commit, export_pyfunc
 
-    place = export_commit(settings, opened, seq, to)
+    place = export_pyfunc(settings, opened, seq, to) if pyfunc else export_commit(settings, opened, seq, to)
+    loader = "mlflow.pyfunc" if pyfunc else "transformers"
     if as_json:
         print_json({"stream": opened.name, "commit": seq, "folder": str(place)})
     else:
-        out.print(f"commit {seq} of [bold]{opened.name}[/] is in {escape(str(place))}; transformers loads it as any other model")
+        out.print(f"commit {seq} of [bold]{opened.name}[/] is in {escape(str(place))}; {loader} loads it as any other model")
 
 
 def bundle(

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from registry.release import Release, copy_code, list_requirements, write_version
+from registry.release import PARTS_BESIDE, Release, copy_code, list_requirements, name_part, write_version
 
 # MLflow reads these while it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -36,16 +36,41 @@ _SIGNATURE = ModelSignature(
 def build_model(work: Path, release: Release, reference: Mapping[str, str | None], parts: str | None, run_id: str, model_id: str) -> Path:
     """The version's folder in MLflow's format: the record and artifacts of the commit, and code that loads them anywhere."""
     folder = work / "model"
+    _save_model(work, folder, {"version": str(write_version(work, release, reference, parts))}, Model(run_id=run_id, model_id=model_id))
+    return folder
+
+
+def export_model(work: Path, release: Release, target: Path) -> None:
+    """A folder that `mlflow.pyfunc.load_model` loads with nothing else: as a version's, with the parts of its artifacts and, unless it is
+    named by its hub id, the base.
+
+    Args:
+        work: an empty folder for what it is made of.
+        target: where it goes; must not exist.
+    """
+    ref = release.base
+    reference = {"kind": ref.kind, "digest": ref.digest, "source": ref.source, "revision": ref.revision}
+    folders = {}
+    if ref.kind != "hub":
+        reference = {"kind": "beside", "digest": ref.digest}
+        folders["base"] = str(release.base_folder)
+    version = write_version(work, release, reference, PARTS_BESIDE if any(release.parts) else None)
+    for digest in dict.fromkeys(digest for own in release.parts for digest in own):
+        (version / PARTS_BESIDE).mkdir(exist_ok=True)
+        (version / PARTS_BESIDE / name_part(digest)).write_bytes(release.read_part(digest))
+    _save_model(work, target, {"version": str(version), **folders}, Model())
+
+
+def _save_model(work: Path, target: Path, folders: Mapping[str, str], model: Model) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice to give an input example, which MLflow would load the whole model to try
         pyfunc.save_model(
-            path=str(folder),
+            path=str(target),
             python_model=str(copy_code(work)),
-            artifacts={"version": str(write_version(work, release, reference, parts))},
+            artifacts=dict(folders),
             code_paths=[str(work / "errata")],
             model_config={"device": "auto"},
             signature=_SIGNATURE,
             pip_requirements=list_requirements(),
-            mlflow_model=Model(run_id=run_id, model_id=model_id),
+            mlflow_model=model,
         )
-    return folder

@@ -19,6 +19,8 @@ from errata.edits import digest_of
 from registry.shared import BaseRef
 
 _REQUIREMENTS = ("mlflow", "numpy", "safetensors", "torch", "transformers")
+PARTS_BESIDE = "parts"
+"""The folder of parts inside a version that is exported with all it needs."""
 _EDITORS = ("__init__.py", "artifacts.py", "kinds.py", "neurons.py")
 _CLOSURE = ("__init__.py", "errors.py", "redaction.py", "modeling", "retrieval", *(f"editors/{name}" for name in _EDITORS))
 """What `served_model.py` imports of the package `errata`, directly or not. A test follows the imports."""
@@ -100,7 +102,7 @@ def write_version(work: Path, release: Release, reference: Mapping[str, str | No
 
     Args:
         reference: `kind` and `digest` of the base, with `source` and `revision` on the hub or the `uri` of its files.
-        parts: where the parts of the artifacts are; None where they have none, which is format 1.
+        parts: where the parts of the artifacts are, a URI or a folder beside the record; None where they have none, which is format 1.
     """
     folder = work / "version"
     folder.mkdir()

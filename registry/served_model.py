@@ -56,7 +56,7 @@ class _Service:
         folder = Path(context.artifacts["version"])
         record = _read_record(folder)
         self._stream = record["stream"]
-        self._base = _load_reference(record["base"], context.model_config["device"])
+        self._base = _load_reference(record["base"], context.artifacts.get("base"), context.model_config["device"])
         self._parts = _Parts()
         self._version = _assemble(self._base, folder, record, self._parts)
 
@@ -129,8 +129,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _load_reference(reference: dict[str, Any], device: str) -> Base:
-    """The base that a version names: from the hub at its pinned revision, or from the MLflow run that holds its one copy.
+def _load_reference(reference: dict[str, Any], beside: str | None, device: str) -> Base:
+    """The base that a version names: from the hub at its pinned revision, from the MLflow run that holds its one copy, or, in an exported
+    folder, from beside the version.
 
     Raises:
         ModelError: it is not there.
@@ -138,6 +139,8 @@ def _load_reference(reference: dict[str, Any], device: str) -> Base:
     """
     if reference["kind"] == "hub":
         return load_base(reference["source"], revision=reference["revision"], device=device, expect=reference["digest"])
+    if reference["kind"] == "beside" and beside is not None:
+        return load_base(beside, device=device, expect=reference["digest"])
     uri: str = reference["uri"]
     run, _, path = uri.removeprefix("runs:/").partition("/")
     try:
@@ -155,8 +158,12 @@ class _Parts:
         self._folder = tempfile.TemporaryDirectory(prefix="errata-parts-")
         self._files: dict[str, Path] = {}
 
-    def read(self, uri: str, digest: str) -> bytes:
+    def read(self, folder: Path, uri: str, digest: str) -> bytes:
         """
+        Args:
+            folder: of the version.
+            uri: where its parts are; in an exported folder, a folder beside its record.
+
         Raises:
             ModelError: it is not there.
             ObjectCorruptError: its bytes are not those that were stored.
@@ -164,7 +171,9 @@ class _Parts:
         name = f"{digest}.safetensors"
         run, _, path = uri.removeprefix("runs:/").partition("/")
         try:
-            if digest not in self._files:
+            if not uri.startswith("runs:/"):
+                self._files[digest] = folder / uri / name
+            elif digest not in self._files:
                 where = mlflow.artifacts.download_artifacts(run_id=run, artifact_path=f"{path}/{name}", dst_path=self._folder.name)
                 self._files[digest] = Path(where)
             data = self._files[digest].read_bytes()
@@ -184,7 +193,7 @@ def _assemble(base: Base, folder: Path, record: dict[str, Any], parts: _Parts) -
     for layer in record["layers"]:
         data = (folder / layer["file"]).read_bytes()
         _check(data, layer["digest"], f"{layer['file']} of commit {record['commit']}")
-        artifacts.append(load_artifact(data, lambda digest: parts.read(record["parts"], digest)))
+        artifacts.append(load_artifact(data, lambda digest: parts.read(folder, record["parts"], digest)))
     edited = _share(base)
     attached = attach(edited, artifacts)
     attached.__enter__()

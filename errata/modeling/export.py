@@ -34,8 +34,8 @@ def export_folder(base: Base, artifacts: Sequence[Artifact], target: Path, note:
     check_target(target)
     if any(not artifact.deltas for artifact in artifacts):
         raise InputError(
-            "export: expected edits that are written into weights, found neurons beside them, which no plain model folder can hold; the "
-            "MLflow version has them: `mlflow.pyfunc.load_model` loads it anywhere"
+            "export: expected edits that are written into weights, found neurons beside them, which no plain model folder can hold: "
+            "`errata export --pyfunc` writes a folder that `mlflow.pyfunc.load_model` loads anywhere"
         )
     place = target.absolute()
     draft = None

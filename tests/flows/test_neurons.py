@@ -116,6 +116,18 @@ def test_versions_share_what_does_not_change(
     assert old[:3] == new[:3] and old[6:] != new[6:]
     assert [answer.strip() for answer in new] == [edit.target_new.split()[0] for edit in edits]
 
+    out = tmp_path / "model"
+    ran = errata("export", "head", "--to", str(out), "--pyfunc", "--json")
+    assert ran.code == 0 and ran.json["folder"] == str(out), ran.out + ran.err
+    elsewhere = tmp_path / "carried"
+    shutil.move(out, elsewhere)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'nothing.db'}")
+    assert mlflow.pyfunc.load_model(str(elsewhere)).predict(prompts, params={"max_new_tokens": 1}) == new
+    mlflow.set_tracking_uri(f"sqlite:///{desk.root / 'mlflow.db'}")
+    assert errata("export", "head", "--to", str(elsewhere), "--pyfunc").code == 2, "there is something"
+    ran = errata("export", "0", "--to", str(tmp_path / "none"), "--pyfunc")
+    assert ran.code == 2 and "the base itself" in ran.err
+
     ran = errata("bundle", "--to", str(tmp_path / "bundle.tar"))
     assert ran.code == 0, ran.out + ran.err
     victim = desk.root / "streams/main/objects" / parts[-1][0]
