@@ -9,7 +9,7 @@ untouched facts are counted against the truth, which the base itself does not al
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 from benchmarks.common import MemoryBlobs, load_builtin
 from errata.builtin import CAVEAT
 from errata.candidates import build_candidate, load_artifacts, prepare_batch, start_manifest
+from errata.editors.base import Editor
 from errata.editors.d4s.editor import D4S
 from errata.editors.kinds import load_artifact
 from errata.edits import Edit
@@ -107,7 +108,7 @@ def _measure_mixed(base: Base, editor: D4S, stream: Sequence[Edit], seed: int, b
 
 
 def write_stream(
-    blobs: MemoryBlobs, base: Base, editor: D4S, stream: Sequence[Edit], batch: int, *, grouped: bool = True
+    blobs: MemoryBlobs, base: Base, editor: Editor[Any], stream: Sequence[Edit], batch: int, *, grouped: bool = True
 ) -> tuple[Manifest, dict[str, PairRef]]:
     """All edits, batch by batch, through the code a stream uses; a later edit of a slot replaces the earlier.
 

@@ -245,10 +245,15 @@ class NeuronNote(BaseModel):
     known: int
     """Facts that the base knew."""
     edits: int
+    """Written in each trial."""
     chosen: GatePoint
     """On edits that the search did not write."""
+    rivals: tuple[GatePoint, ...]
+    """On the same edits: the published gate, and the best of other layers."""
     curve: tuple[GatePoint, ...]
-    """By θ, at the chosen layer and gain."""
+    """By θ, at the chosen layer and gain, on the edits of the search."""
+    gains: tuple[GatePoint, ...]
+    """By gain, at the chosen layer and θ."""
 
 
 class NeuronProfile(BaseModel):

@@ -57,7 +57,7 @@ def suggest_neurons(depth: int, *, builtin: bool) -> NeuronSuggestion:
     return NeuronSuggestion(NeuronOptions(layer=round(_LATE * (depth - 1))), GateOptions(), origin)
 
 
-_CONTEXTS = (
+CONTEXTS = (
     "{}",
     "The weather was fine on that day. {}",
     "Therefore it is worth saying once more. {}",
@@ -65,6 +65,7 @@ _CONTEXTS = (
     "I have read about it before. {}",
     "You can find it in the book. {}",
 )
+"""For any model; one's own sentences suit it better (`errata.calibration.contexts`)."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def suggest_profile(family: str, depth: int) -> Suggestion | None:
     first, last = round(published.first * depth), round(published.last * depth)
     prepare = PrepareOptions(
         layers=tuple(range(first, max(first, last) + 1)),
-        contexts=_CONTEXTS,
+        contexts=CONTEXTS,
         steps=published.steps,
         lr=published.lr,
         clamp=published.clamp,

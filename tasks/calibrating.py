@@ -1,12 +1,9 @@
 """Calibration of a base: facts, trace, search, profile. Every step that is measured is stored at once; an interrupted search goes on."""
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import lru_cache
-from pathlib import Path
 
 from errata.calibration.contexts import sample_contexts
 from errata.calibration.facts import ENOUGH, ask_facts, make_common_edits, take_distinct
@@ -20,32 +17,29 @@ from errata.calibration.trials import Desk, Trial
 from errata.editors.d4s.moments import Moments
 from errata.edits import Edit, Submission
 from errata.errors import EditorError, InputError
-from errata.modeling.loading import Base
 from errata.profiles import PrepareOptions, Profile, SolveOptions
 from errata.readers.files import read_edits
 from errata.settings import Settings, load_settings
 from errata.suggestions import choose_spread, suggest_profile
 from errata.world import make_world
-from registry.calibrations import open_objects, read_steps, store_found, store_step
-from registry.release import resolve_tracking
-from registry.shared import fetch_moments, get_base, put_profile
+from registry.calibrations import open_objects, read_steps, store_step
+from registry.shared import fetch_moments, get_base
 from registry.storage.base import Storage, open_storage
 from registry.trials import TrialRuns
+from tasks._calibration import MOST_EDITS, afford_edits, keep_choice, load_base, open_root, open_runs
 from tasks._progress import show_progress
-from tasks._session import find_stored, limit_editor
+from tasks._session import limit_editor
 from tasks._task import stage
 
 _ASKED = 400
 """Facts a base is asked for at most."""
 _TRACED = 60
-_SEARCH, _VALIDATION = 150, 100
-"""Most edits of a trial, and most that are kept from the search."""
-_FEWEST = 24
+_VALIDATION = 100
+"""Most edits that are kept from the search."""
 _STEPS = 24
 """Steps that a search usually takes."""
 _SHARE = 0.7
 """Of the budget, for these steps."""
-_TIMED = 4
 _RIVALS = 3
 
 
@@ -59,13 +53,13 @@ def ask_base(base: str, facts: str | None, seed: int) -> Asked:
     Raises:
         InputError: the file has too few usable edits.
     """
-    settings, storage = _open()
+    settings, storage = open_root()
     source, edits = _find_edits(storage, base, facts, seed)
-    model = _load(settings, storage, base)
+    model = load_base(settings, storage, base)
     with show_progress("asking the base") as on_progress:
         told = ask_facts(model, edits, settings.evaluate.batch_tokens, lambda _stage, done, total: on_progress(done, total))
     enough = len(told.known) >= ENOUGH
-    usable = take_distinct(told.known if enough else (*told.known, *told.unknown), _SEARCH + _VALIDATION)
+    usable = take_distinct(told.known if enough else (*told.known, *told.unknown), MOST_EDITS + _VALIDATION)
     if len(usable) < ENOUGH:
         raise InputError(
             f"facts: expected at least {ENOUGH} edits of distinct subjects that this base can write, found {len(usable)} in {source}"
@@ -87,10 +81,10 @@ def ask_base(base: str, facts: str | None, seed: int) -> Asked:
 @stage
 def trace_base(base: str, sheet: str, seed: int) -> str:
     """The causal trace of the facts that the base knows, stored."""
-    settings, storage = _open()
+    settings, storage = open_root()
     objects = open_objects(storage, base)
     facts = FactSheet.from_bytes(objects.get(sheet))
-    model = _load(settings, storage, base)
+    model = load_base(settings, storage, base)
     with show_progress("causal trace") as on_progress:
         trace = trace_facts(model, facts.traced, seed=seed, batch_tokens=settings.evaluate.batch_tokens, on_progress=on_progress)
     return objects.put(trace.to_bytes())
@@ -99,8 +93,8 @@ def trace_base(base: str, sheet: str, seed: int) -> str:
 @stage
 def propose_starts(base: str, trace: str | None, seed: int) -> list[PrepareOptions]:
     """The places to try, each with options to begin with: published ones first where the family has any."""
-    settings, storage = _open()
-    model = _load(settings, storage, base)
+    settings, storage = open_root()
+    model = load_base(settings, storage, base)
     depth = model.layout.count_layers(model.model)
     if depth < 2:
         raise InputError(
@@ -121,13 +115,18 @@ def propose_starts(base: str, trace: str | None, seed: int) -> list[PrepareOptio
 @stage
 def open_search(base: str, sheet: str, starts: Sequence[PrepareOptions], moments: str, budget_minutes: float, edits: int | None) -> str:
     """A search, stored. Without a number of `edits`, so many are written in each trial as the budget is likely to bear."""
-    settings, storage = _open()
+    settings, storage = open_root()
     objects = open_objects(storage, base)
     facts = FactSheet.from_bytes(objects.get(sheet))
-    count = min(edits or _SEARCH, len(facts.search))
+    count = min(edits or MOST_EDITS, len(facts.search))
     if edits is None:
         desk = _make_desk(settings, storage, base, moments, starts, facts.search[:count])
-        count = _afford_edits(desk, starts[0], _SHARE * budget_minutes * 60 / _STEPS)
+        first, spread = starts[0], choose_spread(len(starts[0].layers))
+
+        def try_some(some: int) -> None:
+            replace(desk, edits=desk.edits[:some]).try_options(first, (spread,), (0.9,))
+
+        count = afford_edits(try_some, count, _SHARE * budget_minutes * 60 / _STEPS)
     search = Search(base=base, moments=moments, facts=sheet, edits=count, starts=tuple(starts))
     return objects.put(search.to_bytes())
 
@@ -139,7 +138,7 @@ def take_step(base: str, search: str, hurry: bool) -> Taken | None:
     Args:
         hurry: only what the choice cannot do without.
     """
-    settings, storage = _open()
+    settings, storage = open_root()
     desk, plan, _ = _open_desk(settings, storage, base, search)
     done = _read_done(storage, base, search)
     step = propose_step(plan.starts, done, hurry)
@@ -153,7 +152,7 @@ def take_step(base: str, search: str, hurry: bool) -> Taken | None:
             trials, fault = (), str(error)
     made = Done(step=step, trials=trials, fault=fault, seconds=round(time.perf_counter() - begun, 3))
     # Shown first: what is stored is never measured, and so never shown, again. A repeated trial finds its run.
-    runs = _open_runs(settings, base, search)
+    runs = open_runs(settings, base, search)
     for trial in trials:
         _show_trial(runs, step, trial)
     store_step(storage, base, search, len(done), step.digest, made.to_bytes())
@@ -168,7 +167,7 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
     Raises:
         EditorError: nothing could be measured.
     """
-    settings, storage = _open()
+    settings, storage = open_root()
     begun = time.perf_counter()
     objects = open_objects(storage, base)
     desk, plan, facts = _open_desk(settings, storage, base, search)
@@ -206,24 +205,14 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
         max_norm_ratio=set_alarm(growth),
         calibration=report.write_note(stored),
     )
-    digest = put_profile(storage, base, profile.to_bytes())
-    drawn = {"curve": draw_curve(report)} | ({"trace": draw_trace(report.trace)} if report.trace else {})
-    figures = store_found(storage, base, "d4s", datetime.now(UTC), digest, stored, drawn)
-    runs = _open_runs(settings, base, search)
     note = profile.calibration
     assert note is not None, "it was written just now"
-    with tempfile.TemporaryDirectory() as temporary:
-        files = [Path(temporary, f"{name}.png") for name in drawn] + [Path(temporary, "profile.json")]
-        for path, data in zip(files, (*drawn.values(), profile.to_bytes()), strict=True):
-            path.write_bytes(data)
-        runs.conclude(
-            {"profile": digest, "layers": list(best.prepare.layers), "site": best.prepare.site, "lam": best.lam, "spread": best.spread},
-            {f"validation.{name}": value for name, value in _list_metrics(validation[0]).items()},
-            files,
-        )
+    drawn = {"curve": draw_curve(report)} | ({"trace": draw_trace(report.trace)} if report.trace else {})
+    parameters = {"layers": list(best.prepare.layers), "site": best.prepare.site, "lam": best.lam, "spread": best.spread}
+    kept = keep_choice(settings, storage, search, profile, stored, drawn, parameters, _list_metrics(validation[0]))
     return CalibrationSummary(
         base=base,
-        profile=digest,
+        profile=kept.profile,
         source=asked.source,
         asked=asked.asked,
         known=asked.known,
@@ -242,32 +231,10 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
         trials=len(trials),
         cut_short=cut_short,
         seconds=round(sum(item.seconds for item in done) + time.perf_counter() - begun, 1),
-        figures=tuple(figures),
-        run=runs.run_id,
+        figures=kept.figures,
+        run=kept.run,
         remarks=tuple(remarks),
     )
-
-
-def _afford_edits(desk: Desk, options: PrepareOptions, seconds: float) -> int:
-    """How many of its edits one step may write in so many seconds: doubled as long as the double is likely to do."""
-    count, spread = min(_FEWEST, len(desk.edits)), choose_spread(len(options.layers))
-    replace(desk, edits=desk.edits[:_TIMED]).try_options(options, (spread,), (0.9,))  # pays for what is made once
-    while count < len(desk.edits):
-        begun = time.perf_counter()
-        replace(desk, edits=desk.edits[:count]).try_options(options, (spread,), (0.9,))
-        if 2 * (time.perf_counter() - begun) > seconds:
-            break
-        count = min(2 * count, len(desk.edits))
-    return count
-
-
-def _open() -> tuple[Settings, Storage]:
-    settings = load_settings()
-    return settings, open_storage(settings.root)
-
-
-def _load(settings: Settings, storage: Storage, base: str) -> Base:
-    return find_stored(settings, storage, base, settings.device)[2]
 
 
 def _find_edits(storage: Storage, base: str, facts: str | None, seed: int) -> tuple[str, list[Edit]]:
@@ -299,13 +266,9 @@ def _hold_desk(root: str, device: str, batch_tokens: int, base: str, search: str
 def _make_desk(
     settings: Settings, storage: Storage, base: str, moments: str, starts: Sequence[PrepareOptions], edits: tuple[Edit, ...]
 ) -> Desk:
-    model, layers = _load(settings, storage, base), max((start.layers for start in starts), key=len)
+    model, layers = load_base(settings, storage, base), max((start.layers for start in starts), key=len)
     held = Moments.load(fetch_moments(storage, moments, settings.cache))
     return Desk(model, held, edits, settings.evaluate.batch_tokens, limit_editor(settings, model, layers))
-
-
-def _open_runs(settings: Settings, base: str, search: str) -> TrialRuns:
-    return TrialRuns(*resolve_tracking(settings.mlflow.tracking_uri, settings.root), base, search)
 
 
 def _show_trial(runs: TrialRuns, step: Step, trial: Trial) -> None:

@@ -8,6 +8,7 @@ from errata.calibration.tracing import Trace
 from errata.calibration.trials import Trial
 
 _SITES = {"subject_last": "subject’s last token", "prompt_last": "prompt’s last token"}
+COLOURS = {"efficacy": "#5b3fa0", "generalization": "#c2703d", "specificity": "#2f7f6f"}
 
 
 def draw_trace(trace: Trace) -> bytes:
@@ -27,7 +28,7 @@ def draw_trace(trace: Trace) -> bytes:
     told = f"Causal trace of {trace.facts} facts: probability of the answer {trace.clean:.2f}, corrupted {trace.corrupted:.2f}"
     figure.suptitle(told, fontsize=8)
     figure.colorbar(image, label="share restored")
-    return _save(figure)
+    return save_figure(figure)
 
 
 def draw_curve(report: CalibrationReport) -> bytes:
@@ -39,7 +40,7 @@ def draw_curve(report: CalibrationReport) -> bytes:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     curve = report.curve
-    for name, colour in (("efficacy", "#5b3fa0"), ("generalization", "#c2703d"), ("specificity", "#2f7f6f")):
+    for name, colour in COLOURS.items():
         known = _read(curve, name)
         left.plot([lam for lam, _ in known], [value for _, value in known], marker="o", markersize=3.5, label=name, color=colour)
     left.axvline(report.chosen.lam, color="0.5", linewidth=1, linestyle="--")
@@ -62,7 +63,7 @@ def draw_curve(report: CalibrationReport) -> bytes:
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure)
+    return save_figure(figure)
 
 
 def _read(curve: Sequence[Trial], name: str) -> list[tuple[float, float]]:
@@ -74,7 +75,8 @@ def _specific(trial: Trial) -> float:
     return trial.specificity
 
 
-def _save(figure: object) -> bytes:
+def save_figure(figure: object) -> bytes:
+    """A matplotlib figure as PNG, without the name of what drew it."""
     data = BytesIO()
     figure.savefig(data, format="png", dpi=150, metadata={"Software": None})  # type: ignore[attr-defined]
     return data.getvalue()

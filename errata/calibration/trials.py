@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 
+from errata.calibration.panel import Panel
 from errata.calibration.records import Record
 from errata.editors.base import Pairs, Progress
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import Moments
 from errata.edits import Edit
 from errata.errors import EditorError
-from errata.evaluation.metrics import agreement, all_correct, harmonic_mean
-from errata.evaluation.scoring import Question, Scored, score_targets
 from errata.modeling.loading import Base
-from errata.modeling.patch import attach
-from errata.modeling.tokens import can_write
 from errata.monitors.norms import measure_norms
 from errata.profiles import PrepareOptions, Profile, SolveOptions, Spread
 
@@ -117,24 +114,8 @@ class Desk:
         artifact = editor.solve(state)
         assert artifact is not None, "a state with pairs has an artifact"
         fit = median(editor.measure_fits(state, pairs).tolist())
-        questions = [*self._rewrites.values(), *(q for group in self._paraphrases.values() for q in group), *self._neighbours]
-        with attach(self.base, [artifact]):
-            after = score_targets(self.base, questions, batch_tokens=self.batch_tokens)
-        efficacy = _share(_said(after[question]) for question in self._rewrites.values())
-        general = _share_or_none([_said(after[question]) for group in self._paraphrases.values() for question in group])
-        kept = [agreement(after[question].chosen, self._before[question].chosen) for question in self._neighbours]
-        specificity = _share_or_none(kept)
-        ratio = _grown(self.base, artifact.deltas)
-        asked = len(self._rewrites) / len(self.edits)
-        values = [value for value in (efficacy * asked, general, specificity) if value is not None]
-        return {
-            "fit": fit,
-            "efficacy": efficacy * asked,
-            "generalization": general,
-            "specificity": specificity,
-            "score": harmonic_mean(values) or 0.0,
-            "norm_ratio": ratio,
-        }
+        answers = self._panel.ask(artifact)
+        return {"fit": fit, "norm_ratio": _grown(self.base, artifact.deltas), **answers._asdict()}
 
     def _measure_norm(self, editor: D4S, pairs: Pairs) -> float:
         artifact = editor.solve(editor.merge(editor.empty_state(), pairs, None))
@@ -156,43 +137,8 @@ class Desk:
         return Profile(base=self.base.digest, prepare=prepare, solve=solve)
 
     @cached_property
-    def _rewrites(self) -> dict[str, Question]:
-        written = [edit for edit in self.edits if can_write(self.base.tokenizer, edit.target_new)]
-        return {edit.edit_id: (edit.rewrite_prompt, edit.target_new) for edit in written}
-
-    @cached_property
-    def _paraphrases(self) -> dict[str, list[Question]]:
-        return {
-            edit.edit_id: [(prompt, edit.target_new) for prompt in edit.paraphrase_prompts]
-            for edit in self.edits
-            if edit.edit_id in self._rewrites
-        }
-
-    @cached_property
-    def _neighbours(self) -> list[Question]:
-        """With the first answer that can be written forced, or only the token after the prompt."""
-        return [
-            (probe.prompt, next((answer for answer in probe.answers if can_write(self.base.tokenizer, answer)), None))
-            for edit in self.edits
-            for probe in edit.neighborhood_prompts
-        ]
-
-    @cached_property
-    def _before(self) -> Mapping[Question, Scored]:
-        return score_targets(self.base, self._neighbours, batch_tokens=self.batch_tokens)
-
-
-def _said(scored: Scored) -> float:
-    return float(all_correct(scored.chosen, scored.target))
-
-
-def _share(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else 0.0
-
-
-def _share_or_none(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    def _panel(self) -> Panel:
+        return Panel(self.base, self.edits, self.batch_tokens)
 
 
 def _grown(base: Base, deltas: Mapping[str, torch.Tensor]) -> float:
