@@ -132,7 +132,9 @@ ABLATIONS = tuple(
 
 
 def run(
-    sizes: Annotated[str, typer.Option(help="Edits at which streams are measured, comma-separated.")] = "100,300,1000,5000",
+    sizes: Annotated[
+        str, typer.Option(help="Edits at which streams are measured, comma-separated; none: ablations only.")
+    ] = "100,300,1000,5000",
     seeds: Annotated[int, typer.Option(min=1, help="Streams.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Edits per batch; sizes are rounded down to whole batches.")] = 20,
     mixed: Annotated[int, typer.Option(min=0, help="Edits of the mixed streams: re-edits and targets of two words; 0: none.")] = 300,
@@ -143,11 +145,11 @@ def run(
     _print_load("start")
     base, d4s, world = load_builtin()
     known = _count_known(base, world)
-    marks = _choose_sizes([int(size) for size in sizes.split(",")], known, batch)
+    marks = _choose_sizes([int(size) for size in sizes.split(",") if size], known, batch)
     out.print(f"The base knows {known:,} of its {len(world.facts):,} facts; at most a third of them may be edited: {known // 3:,}.")
     editors: dict[str, Editor[Any]] = {D4S_NAME: d4s, **{name: IReVa(_choose(base, name), base.layout) for name in (PLAIN, TRAINED)}}
     points: list[Point] = []
-    for seed in range(seeds):
+    for seed in range(seeds if marks else 0):
         streams = {"slots": (world.make_edits(marks[-1], seed, "slots"), marks)}
         if mixed:
             streams["mixed"] = (world.make_edits(mixed, seed, "mixed"), [mixed])
@@ -157,13 +159,14 @@ def run(
                 found = _follow_stream(base, editor, world, edits, said, batch, at)
                 points += [Point(stream, size, name, **measured) for size, measured in found.items()]
             out.print(f"[dim]{stream}, seed {seed}: done[/]")
-    _print_quality(points)
-    _print_costs(points)
-    _print_retrofit(points)
-    _print_load("after the streams")
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    draw_scores([point for point in points if point.stream == "slots"], figure)
-    out.print(f"picture: {figure}")
+    if points:
+        _print_quality(points)
+        _print_costs(points)
+        _print_retrofit(points)
+        _print_load("after the streams")
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        draw_scores([point for point in points if point.stream == "slots"], figure)
+        out.print(f"picture: {figure}")
     if ablated:
         _ablate(base, world, ablated, seeds)
         _print_load("end")

@@ -20,6 +20,9 @@ from errata.modeling.loading import Base
 from errata.retrieval.index import KeyIndex
 
 _FORMAT = 1
+_SAME = 1e-4
+"""Difference in cosine below which two neurons are equally near, so that the newest live one answers: one prompt that is read twice, in
+other company, gives keys that differ by their rounding."""
 _PAIRS = 1
 """Format of the blocks, which are those of `errata.editors.base.Pairs`."""
 
@@ -168,7 +171,7 @@ class NeuronPatch:
         keys = torch.cat([block.keys for block in self.blocks])[order].to(device)
         live = sum(self._alive)
         values = torch.cat([block.values for block in self.blocks])[order[:live]].to(device)
-        return Neurons(self, KeyIndex(keys), keys, torch.cat([values, values.new_zeros(1, self.width)]))
+        return Neurons(self, KeyIndex(keys, tie=_SAME * (self.width - 1)), keys, torch.cat([values, values.new_zeros(1, self.width)]))
 
     def to_bytes(self) -> bytes:
         """The gate, the last block, and the digests of the others."""
@@ -239,13 +242,12 @@ class Neurons:
 
     def explain(self, x: torch.Tensor) -> list[Firing]:
         """Which neuron answers each input [m, d], and how clearly, whatever the pooling."""
-        places, width = self._patch.places, self._patch.width - 1
-        products = standardise(x) @ self._keys.T
+        places, width, query = self._patch.places, self._patch.width - 1, standardise(x)
         firings = []
-        for row in products:
+        for row, first in zip(query @ self._keys.T, self._index.find_best(query)[1].tolist(), strict=True):
             # Neurons of one edit are no rivals of each other: as many as it may have are looked past.
             best, index = row.sort(descending=True, stable=True)
-            place = places[int(index[0])]
+            place = places[first]
             other = next((rank for rank, at in enumerate(index.tolist()) if places[at].edits != place.edits), None)
             activation = float(open_gate(best[0] - self._bias, silent=self._patch.silent))
             firings.append(

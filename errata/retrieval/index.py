@@ -46,15 +46,17 @@ class KeyIndex:
     Args:
         keys: [N, d], N > 0, finite; kept in float32 on their device, which answers.
         form: how to search; None chooses by size and device (`choose_form`).
+        tie: scores of one query that are no farther than this below the best count as equal to it.
 
     Raises:
         EditorError: no keys, not a matrix, values that are not finite, or `cells` without faiss or off the CPU.
     """
 
-    def __init__(self, keys: torch.Tensor, form: Form | None = None) -> None:
+    def __init__(self, keys: torch.Tensor, form: Form | None = None, tie: float = 0.0) -> None:
         if keys.ndim != 2 or not keys.numel():
             raise EditorError(f"neuron keys: expected at least one row of at least one number, found shape {list(keys.shape)}")
         self.keys = keys.detach().float().contiguous()
+        self._tie = tie
         norms = self.keys.norm(dim=1)
         self._norm = float(norms.max())
         if not math.isfinite(float(norms.sum())):
@@ -96,7 +98,7 @@ class KeyIndex:
             found = self._find_in_halves(queries)
             return found
         rough = queries @ self.keys.T
-        near = rough >= rough.amax(dim=1, keepdim=True) - 2 * self._slack * queries.norm(dim=1, keepdim=True)
+        near = rough >= rough.amax(dim=1, keepdim=True) - 2 * self._slack * queries.norm(dim=1, keepdim=True) - self._tie
         # The first of those that float32 cannot tell apart. Where there are fewer, any others fill up: they score less.
         rows = torch.where(near, self._precedence, 0).topk(min(_CANDIDATES, len(self.keys)), dim=1).indices
         return self._choose(queries, rows)
@@ -139,7 +141,7 @@ class KeyIndex:
         """The winner among candidates [n, c] in any order."""
         exact = _score(self.keys[rows], queries[:, None])
         best = exact.amax(dim=1)
-        return best, rows.masked_fill(exact < best[:, None], len(self.keys)).amin(dim=1)
+        return best, rows.masked_fill(exact < best[:, None] - self._tie, len(self.keys)).amin(dim=1)
 
     @staticmethod
     def _list_near(rough: torch.Tensor, best: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
@@ -156,9 +158,9 @@ class KeyIndex:
         for query, rough, slack in zip(queries, (halves @ self._halves.T).float(), 2 * error, strict=True):
             best = rough.max()
             # A result beyond float16 rules nothing out.
-            near = self._list_near(rough, best if best.isfinite() else best.new_tensor(-math.inf), slack)
+            near = self._list_near(rough, best if best.isfinite() else best.new_tensor(-math.inf), slack + self._tie)
             exact = _score(self.keys[near], query)
-            found.append((exact.amax(), near[(exact == exact.amax()).int().argmax()]))
+            found.append((exact.amax(), near[(exact >= exact.amax() - self._tie).int().argmax()]))
         return torch.stack([score for score, _ in found]), torch.stack([row for _, row in found])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from errata.editors.base import Pairs
 from errata.editors.ireva import state as states
 from errata.editors.ireva.editor import IReVa
+from errata.editors.ireva.irrelevant import find_own
 from errata.editors.ireva.retrofit import Untrained, retrofit_neurons
 from errata.editors.ireva.state import NeuronState
 from errata.editors.neurons import NeuronPatch, find_bias, find_scale, open_gate, standardise
+from errata.editors.rows import TargetRow, build_rows
 from errata.edits import Edit, digest_of
 from errata.errors import EditorError
 from errata.evaluation.metrics import all_correct
@@ -26,15 +29,13 @@ from errata.profiles import GateOptions, NeuronOptions, NeuronProfile, Retrofit
 LAYER = 1
 WIDTH = 48
 REACH = find_bias(0.75, WIDTH)
-LOUD = 400.0
-"""The gain at which facts take on the random base, whose unembedding is small beside its hidden states."""
 
 
 @pytest.fixture(scope="module")
 def make_editor(editable: Base) -> Callable[..., IReVa]:
-    def make(*, retrofit: Retrofit | None = None, chunk_tokens: int = 4_096, most: int = 16, **gate: Any) -> IReVa:
+    def make(*, retrofit: Retrofit | None = None, chunk_tokens: int = 4_096, most: int = 30, **gate: Any) -> IReVa:
         options = NeuronOptions(layer=LAYER, retrofit=retrofit, max_target_tokens=most)
-        solve = GateOptions(**{"gain": LOUD, **gate})
+        solve = GateOptions(**gate)
         return IReVa(NeuronProfile(base=editable.digest, prepare=options, solve=solve), editable.layout, chunk_tokens=chunk_tokens)
 
     return make
@@ -246,6 +247,34 @@ def test_of_equal_keys_the_newest_live_one_answers(editor: IReVa) -> None:
         assert respond(solve(editor, state), keys[:1])[0].argmax() == row
     state = state.remove(pairs.take([2]))
     assert respond(solve(editor, state), keys[:1])[0].argmax() == 1, "a tombstone yields to what is live at the same place"
+
+
+def test_one_prompt_in_two_slots_is_answered_by_the_newer(editor: IReVa, editable: Base, make_edit: Callable[..., Edit]) -> None:
+    """Its keys are read twice, in other company, and differ by their rounding. A withdrawal leaves the other one speaking."""
+    for person in range(12):
+        old, new = make_edit(person, target_new="Oslo"), make_edit(person, target_new="Rome", relation_id="home")
+        assert old.slot != new.slot
+        first = prepare(editor, editable, make_edit(12, target_new="21 November"), old).take([1])
+        second = prepare(editor, editable, new)
+        state = editor.merge(editor.merge(editor.empty_state(), first, None), second, None)
+        assert takes(editable, solve(editor, state), [old, new]) == [False, True]
+        assert takes(editable, solve(editor, editor.merge(state, None, first)), [old, new]) == [False, True]
+        assert takes(editable, solve(editor, editor.merge(state, None, second)), [old, new]) == [True, False]
+
+
+def test_what_is_explained_is_what_answers(editor: IReVa) -> None:
+    """Among equal keys and almost equal ones, many of them."""
+    keys = draw_keys(6).repeat(100, 1) + 1e-6 * torch.randn(600, WIDTH, generator=torch.Generator().manual_seed(3))
+    values = torch.randn(600, WIDTH, generator=torch.Generator().manual_seed(4))
+    pairs = build_pairs(editor, keys, values)
+    patch = solve(editor, editor.empty_state().add(pairs, REACH).remove(pairs.take(range(0, 600, 7))))
+    x = torch.stack([tilt(key, 0.95, seed) for seed, key in enumerate(draw_keys(6))])
+    neurons = patch.place_on(torch.device("cpu"))
+    for firing, added in zip(neurons.explain(x), neurons(x), strict=True):
+        number = int(firing.place.edits[0][1:])
+        assert firing.place.live and number >= 588
+        torch.testing.assert_close(added / added.norm(), values[number] / values[number].norm())
+        assert firing.added == pytest.approx(float(added.norm() / values[number].norm()), rel=1e-3)
 
 
 def test_the_published_gate_whispers_below_its_threshold(make_editor: Callable[..., IReVa]) -> None:
@@ -487,8 +516,31 @@ def test_irrelevance_quietens_a_neuron_on_strangers(editable: Base, untrained: U
     assert hear(1.0) < 0.9 * hear(0.0)
 
 
+def test_a_neuron_is_no_stranger_to_its_own_prompt(editable: Base, make_edit: Callable[..., Edit]) -> None:
+    """Texts that a subject begins may come upon the prompt of the edit itself: every state that is read there is left out, no other."""
+    edits = [Edit(subject=make_edit(person).subject, prompt="{}" + word, target_new="Oslo") for person in range(18) for word in ("", " is")]
+    rows = [build_rows(editable.tokenizer, edit, ("{}",), editable.span) for edit in edits]
+    plain = find_own(editable, LAYER, edits, [replace(row, contexts=[]) for row in rows])
+    # As if the edit's prompt were the subject and what is sampled first behind it.
+    texts = [sample_text(editable, edit) for edit in edits]
+    meant = [replace(row, contexts=[TargetRow(text, 0, [len(text) - 1])]) for row, text in zip(rows, texts, strict=True)]
+    for all_states, kept in zip(plain, find_own(editable, LAYER, edits, meant), strict=True):
+        assert len(kept) in (len(all_states) - 1, len(all_states) - 2), "one state, or two where both texts go the same way"
+        assert all(any(torch.allclose(state, one, atol=1e-4) for one in all_states) for state in kept)
+
+
+def sample_text(base: Base, edit: Edit) -> list[int]:
+    """The subject and the first token that is sampled behind it, for the first of its texts."""
+    ids = encode_prompt(base.tokenizer, edit.subject)
+    rng = torch.Generator().manual_seed(int(digest_of(f"{edit.subject_key} 0".encode())[:12], 16))
+    torch.randint(2, 11, (1,), generator=rng)
+    with torch.no_grad():
+        chances = base.model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+    return [*ids, int(torch.multinomial(chances, 1, generator=rng))]
+
+
 def test_an_edit_that_was_trained_is_written(make_editor: Callable[..., IReVa], editable: Base, make_edit: Callable[..., Edit]) -> None:
-    editor = make_editor(retrofit=Retrofit(theta=0.75, gain=LOUD))
+    editor = make_editor(retrofit=Retrofit(theta=0.75, gain=80.0))
     edits = [make_edit(number, target_new=target) for number, target in enumerate(TARGETS[:6])]
     plain, trained = (make.prepare(editable, edits) for make in (make_editor(), editor))
     assert all(trained.notes[edit.edit_id].target_nll <= plain.notes[edit.edit_id].target_nll for edit in edits)

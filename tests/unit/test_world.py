@@ -10,7 +10,7 @@ from errata.edits import SLOT
 from errata.errors import InputError
 from errata.world import RELATIONS, World, WorldSettings, make_world
 
-KINDS = ("distinct", "mixed")
+KINDS = ("distinct", "slots", "mixed")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,15 @@ def test_distinct_edits_name_each_person_once_and_need_one_token(world: World) -
     edits = world.make_edits(200, 0, "distinct")
     assert len({edit.subject for edit in edits}) == 200
     assert not any(" " in f"{edit.target_new}{edit.target_true}" for edit in edits)
+
+
+def test_a_stream_of_slots_names_each_fact_once_and_half_of_the_persons(world: World) -> None:
+    edits = world.make_edits(400, 0, "slots")
+    assert len({(edit.subject, edit.relation_id) for edit in edits}) == 400
+    assert len({edit.subject for edit in edits}) <= 100
+    assert not any(" " in f"{edit.target_new}{edit.target_true}" for edit in edits)
+    with pytest.raises(InputError, match="those of half of the persons, found 601"):
+        world.make_edits(601, 0, "slots")
 
 
 def test_a_mixed_stream_holds_what_makes_streams_hard(world: World) -> None:
