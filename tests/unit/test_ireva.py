@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -20,11 +22,13 @@ from errata.edits import Edit, digest_of
 from errata.errors import EditorError
 from errata.evaluation.metrics import all_correct
 from errata.evaluation.scoring import score_targets
-from errata.modeling.loading import Base
+from errata.modeling.loading import Base, load_base
 from errata.modeling.patch import attach
 from errata.modeling.tokens import encode_prompt, encode_target
 from errata.modeling.trace import capture_outputs, trace_inputs
 from errata.profiles import GateOptions, NeuronOptions, NeuronProfile, Retrofit
+from errata.suggestions import suggest_neurons
+from errata.world import make_world
 
 LAYER = 1
 WIDTH = 48
@@ -552,3 +556,40 @@ def test_scale_and_bias_belong_together() -> None:
     for theta, gain in ((0.0, 320.0), (0.75, 80.0)):
         excess = torch.tensor(WIDTH - 1 - find_bias(theta, WIDTH))
         assert float(find_scale(theta, gain, WIDTH) * open_gate(excess, silent=True)) == pytest.approx(gain)
+
+
+@pytest.mark.slow
+def test_the_builtin_base_takes_a_mixed_stream_and_its_withdrawals(builtin_base: Path) -> None:
+    """Several edits per person, re-edits, targets of two words, with the published values."""
+    base, world = load_base(builtin_base, device="cpu"), make_world()
+    suggested = suggest_neurons(base.layout.count_layers(base.model), builtin=True)
+    editor = IReVa(NeuronProfile(base=base.digest, prepare=suggested.prepare, solve=suggested.solve), base.layout)
+    state, live = editor.empty_state(), dict[str, Edit]()
+    stream = {edit.edit_id: edit for edit in world.make_edits(120, 0, "mixed")}
+    whole = prepare(editor, base, *stream.values())
+    pairs = {edit_id: whole.take([row]) for row, (edit_id,) in enumerate(whole.owners)}
+    for edit in stream.values():
+        old = live.pop(edit.slot, None)
+        state = editor.merge(state, pairs[edit.edit_id], pairs[old.edit_id] if old else None)
+        live[edit.slot] = edit
+    edits = list(live.values())
+    neighbours = [probe.prompt for edit in edits for probe in edit.neighborhood_prompts]
+
+    def choose(prompts: Sequence[str], patch: NeuronPatch | None) -> list[int]:
+        with attach(base, [patch] if patch else []):
+            scored = score_targets(base, [(prompt, None) for prompt in prompts], batch_tokens=2_048)
+        return [scored[prompt, None].chosen[0] for prompt in prompts]
+
+    def agree(prompts: Sequence[str], patch: NeuronPatch) -> float:
+        return mean(one == other for one, other in zip(choose(prompts, patch), choose(prompts, None), strict=True))
+
+    assert mean(takes(base, solve(editor, state), edits)) > 0.98
+    assert agree(neighbours, solve(editor, state)) > 0.98
+    for edit in edits[::3]:
+        state = editor.merge(state, None, pairs[edit.edit_id])
+    kept = [edit for edit in edits if edit not in edits[::3]]
+    assert mean(takes(base, solve(editor, state), kept)) > 0.98
+    assert agree([edit.rewrite_prompt for edit in edits[::3]], solve(editor, state)) > 0.98
+    for edit in edits[::3]:
+        state = editor.merge(state, pairs[edit.edit_id], None)
+    assert not state.dead and mean(takes(base, solve(editor, state), edits)) > 0.98
