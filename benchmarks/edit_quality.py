@@ -8,14 +8,14 @@ untouched facts are counted against the truth, which the base itself does not al
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import MemoryBlobs, load_builtin
+from benchmarks.common import MemoryBlobs, Stopwatch, load_builtin
 from errata.builtin import CAVEAT
 from errata.candidates import build_candidate, load_artifacts, prepare_batch, start_manifest
 from errata.editors.base import Editor
@@ -107,14 +107,41 @@ def _measure_mixed(base: Base, editor: D4S, stream: Sequence[Edit], seed: int, b
     )
 
 
+class Grown(NamedTuple):
+    """A stream after one more batch."""
+
+    manifest: Manifest
+    live: dict[str, Edit]
+    """Slot → its edit."""
+    refs: dict[str, PairRef]
+    """Edit id → its pair."""
+
+
 def write_stream(
     blobs: MemoryBlobs, base: Base, editor: Editor[Any], stream: Sequence[Edit], batch: int, *, grouped: bool = True
 ) -> tuple[Manifest, dict[str, PairRef]]:
+    """What `grow_stream` ends in."""
+    *_, last = grow_stream(blobs, base, editor, stream, batch, grouped=grouped)
+    return last.manifest, last.refs
+
+
+def grow_stream(
+    blobs: MemoryBlobs,
+    base: Base,
+    editor: Editor[Any],
+    stream: Sequence[Edit],
+    batch: int,
+    *,
+    grouped: bool = True,
+    watch: Stopwatch | None = None,
+) -> Iterator[Grown]:
     """All edits, batch by batch, through the code a stream uses; a later edit of a slot replaces the earlier.
 
     Args:
         grouped: edits of one subject share a pair; else each has one of its own.
+        watch: gets the stages `prepare` (grouping included) and `merge` (solving and storing included).
     """
+    watch = watch or Stopwatch()
     manifest = start_manifest(editor, base.digest, "")
     live: dict[str, Edit] = {}
     refs: dict[str, PairRef] = {}
@@ -124,15 +151,17 @@ def write_stream(
         subjects = {edit.subject_key for edit in (*chunk.values(), *replaced)}
         staying = [Placed(edit, refs[edit.edit_id]) for edit in live.values() if edit.subject_key in subjects]
         leaving = [refs[edit.edit_id] for edit in replaced]
-        changed = regroup(editor, base, list(chunk.values()), staying, leaving)
-        if not grouped:
-            changed = Regrouping(tuple(chunk.values()), (), tuple(leaving))
-        prepared = prepare_batch(blobs, editor, base, changed.edits, {}, lambda *_: None, groups=changed.groups)
+        with watch.stage("prepare"):
+            changed = regroup(editor, base, list(chunk.values()), staying, leaving)
+            if not grouped:
+                changed = Regrouping(tuple(chunk.values()), (), tuple(leaving))
+            prepared = prepare_batch(blobs, editor, base, changed.edits, {}, lambda *_: None, groups=changed.groups)
         refs |= prepared.refs
         add = list(dict.fromkeys(prepared.refs.values()))
-        manifest = build_candidate(blobs, editor, manifest, add, changed.remove, snapshot_every=10).manifest
+        with watch.stage("merge"):
+            manifest = build_candidate(blobs, editor, manifest, add, changed.remove, snapshot_every=10).manifest
         live |= chunk
-    return manifest, refs
+        yield Grown(manifest, live, refs)
 
 
 def share(base: Base, rows: Rows) -> float:

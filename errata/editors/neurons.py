@@ -21,6 +21,9 @@ from errata.modeling.loading import Base
 from errata.retrieval.index import KeyIndex
 
 _FORMAT = 1
+_SAME = 1e-4
+"""Difference in cosine below which two neurons are equally near, so that the newest live one answers: one prompt that is read twice, in
+other company, gives keys that differ by their rounding."""
 _PAIRS = 1
 """Format of the blocks, which are those of `errata.editors.base.Pairs`."""
 
@@ -176,7 +179,7 @@ class NeuronPatch:
         keys = torch.cat([block.keys for block in self.blocks])[order].to(device)
         live = sum(self._alive)
         values = torch.cat([block.values for block in self.blocks])[order[:live]].to(device)
-        return Neurons(self, KeyIndex(keys), keys, torch.cat([values, values.new_zeros(1, self.width)]))
+        return Neurons(self, KeyIndex(keys, tie=_SAME * (self.width - 1)), keys, torch.cat([values, values.new_zeros(1, self.width)]))
 
     def to_bytes(self) -> bytes:
         """The gate, the last block, and the digests of the others."""
@@ -247,12 +250,13 @@ class Neurons:
 
     def explain(self, x: torch.Tensor) -> list[Firing]:
         """Which neuron answers each input [m, d], and how clearly, whatever the pooling."""
-        places, width = self._patch.places, self._patch.width - 1
+        places, width, query = self._patch.places, self._patch.width - 1, standardise(x)
+        winners = self._index.find_best(query)[1].tolist()
         # Neurons of one edit are no rivals of each other: as many as it may have are looked past.
-        best, index = self._index.find_several(standardise(x), self._longest + 1)
+        best, index = self._index.find_several(query, self._longest + 1)
         firings = []
-        for scores, rows in zip(best, index.tolist(), strict=True):
-            place = places[rows[0]]
+        for scores, rows, winner in zip(best, index.tolist(), winners, strict=True):
+            place = places[winner]
             other = next((rank for rank, row in enumerate(rows) if places[row].edits != place.edits), None)
             activation, cosine = float(open_gate(scores[0] - self._bias, silent=self._patch.silent)), float(scores[0]) / width
             firings.append(
@@ -277,7 +281,7 @@ class Neurons:
             rows = []
             for found, near, owners in zip(scores, index.tolist(), withheld, strict=True):
                 # Of equal scores a live neuron wins over a tombstone, which those of `owners` are now.
-                equal = near[: int((found == found[0]).sum())]
+                equal = sorted(near[: int((found >= found[0] - self._index.tie).sum())])
                 rows.append(next((row for row in equal if places[row].edits != owners), live))
             activations = open_gate(scores[:, 0] - self._bias, silent=self._patch.silent)
             added = activations[:, None] * self._values[torch.tensor(rows, device=x.device).clamp(max=live)]

@@ -45,15 +45,17 @@ class KeyIndex:
     Args:
         keys: [N, d], N > 0, finite; kept in float32 on their device, which answers.
         form: how to search; None chooses by size and device (`choose_form`).
+        tie: scores of one query that are no farther than this below the best count as equal to it.
 
     Raises:
         EditorError: no keys, not a matrix, values that are not finite, or `cells` without faiss or off the CPU.
     """
 
-    def __init__(self, keys: torch.Tensor, form: Form | None = None) -> None:
+    def __init__(self, keys: torch.Tensor, form: Form | None = None, tie: float = 0.0) -> None:
         if keys.ndim != 2 or not keys.numel():
             raise EditorError(f"neuron keys: expected at least one row of at least one number, found shape {list(keys.shape)}")
         self.keys = keys.detach().float().contiguous()
+        self.tie = tie
         norms = self.keys.norm(dim=1)
         self._norm = float(norms.max())
         if not math.isfinite(float(norms.sum())):
@@ -97,7 +99,7 @@ class KeyIndex:
             return found
         # Keys first: up to three times as fast as `queries @ keys.T` for two to eight queries on a CPU, and never slower.
         rough = (self.keys @ queries.T).T.contiguous()
-        near = rough >= rough.amax(dim=1, keepdim=True) - 2 * self._slack * queries.norm(dim=1, keepdim=True)
+        near = rough >= rough.amax(dim=1, keepdim=True) - 2 * self._slack * queries.norm(dim=1, keepdim=True) - self.tie
         # The first of those that float32 cannot tell apart. Where there are fewer, any others fill up: they score less.
         rows = torch.where(near, self._precedence, 0).topk(min(_CANDIDATES, len(self.keys)), dim=1).indices
         return self._choose(queries, rows)
@@ -140,7 +142,7 @@ class KeyIndex:
         """The winner among candidates [n, c] in any order."""
         exact = _score(self.keys[rows], queries[:, None])
         best = exact.amax(dim=1)
-        return best, rows.masked_fill(exact < best[:, None], len(self.keys)).amin(dim=1)
+        return best, rows.masked_fill(exact < best[:, None] - self.tie, len(self.keys)).amin(dim=1)
 
     @staticmethod
     def _list_near(rough: torch.Tensor, best: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
@@ -157,7 +159,7 @@ class KeyIndex:
         best = rough.max()
         # A result beyond float16 rules nothing out.
         floor = best if best.isfinite() else best.new_tensor(-math.inf)
-        rows = self._list_near(rough, floor, 2 * (error + _HALF_SMALLEST))
+        rows = self._list_near(rough, floor, 2 * (error + _HALF_SMALLEST) + self.tie)
         return self._choose(query[None], rows[None])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

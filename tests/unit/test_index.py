@@ -82,6 +82,20 @@ def test_of_equal_keys_the_first_wins(form: index_module.Form) -> None:
         assert index.find_several(query, 2)[1][0, 0] == first
 
 
+@pytest.mark.parametrize("form", EVERY)
+def test_what_lies_within_a_tie_counts_as_equal(form: index_module.Form) -> None:
+    """The first row of those answers, however little another one is nearer; what is farther than that is told apart as ever."""
+    queries = draw(20, 0)
+    width = queries.shape[1] - 1
+    for near, first in ((1e-4, True), (0.1, False)):
+        # Before each query's own key, one that lies `near` of its length beside it.
+        keys = torch.cat([standardise(queries + near * draw(20, 1)), draw(600, 2), queries])
+        index = KeyIndex(keys, form, tie=1e-4 * width)
+        for asked in (queries, queries[:3], queries[:1]):
+            rows = index.find_best(asked)[1].tolist()
+            assert rows == [row if first else row + 620 for row in range(len(asked))]
+
+
 @pytest.mark.parametrize("form", EXACT)
 def test_hundreds_of_equal_keys(form: index_module.Form) -> None:
     keys = draw(1, 4).repeat(700, 1)

@@ -207,7 +207,7 @@ class IReVa:
         if options.retrofit is None:
             losses = functional.cross_entropy(base.model.get_submodule(base.layout.head)(hidden).float(), targets, reduction="none").cpu()
         else:
-            own = find_own(base, options.layer, edits)
+            own = find_own(base, options.layer, edits, rows)
             strangers = [torch.cat([self._find_common(base), own[line]]) for line in lines.tolist()]
             untrained = Untrained(keys, values, targets, lines, places, before)
             keys, values, losses = retrofit_neurons(base, options.layer, options.retrofit, untrained, strangers)
