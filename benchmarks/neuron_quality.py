@@ -109,8 +109,9 @@ def _drop_reconstruction(profile: NeuronProfile) -> NeuronProfile:
 
 _NOT_THRESHOLD = "with a gain that exact matches alone reach, what other inputs get may be too little to change an answer."
 _NOT_POOL = (
-    "a sum differs from a maximum only where several neurons fire, and here hardly any two keys are within θ of each other (line below). "
-    "The paper's prompts all end in the same word, so that ten thousand keys lie close together."
+    "a sum differs from a maximum only where several neurons fire, and here few keys are within θ of another one (line below); where they "
+    "are, the own neuron is still the loudest. All of the paper's zsRE prompts end in the same word, which probably brings ten thousand "
+    "keys much closer together."
 )
 _NOT_RECONSTRUCTION = (
     "its effect is elsewhere (table below): the product of a neuron with its own input grows, so that the fixed bias is no cosine of θ "
@@ -377,12 +378,12 @@ def _print_costs(points: Sequence[Point]) -> None:
 def _print_retrofit(points: Sequence[Point]) -> None:
     largest = max(point.size for point in points if point.stream == "slots")
     rates = {
-        name: 1 / statistics.mean(point.wall for point in points if (point.stream, point.size, point.editor) == ("slots", largest, name))
+        name: 1 / statistics.mean(point.cpu for point in points if (point.stream, point.size, point.editor) == ("slots", largest, name))
         for name in (PLAIN, TRAINED)
     }
     out.print(
-        f"Written per second, {largest:,} edits: {rates[PLAIN]:.0f} as initialised, {rates[TRAINED]:.0f} with retrofit. The published code "
-        "takes .58 s and 2.7 s per edit, one at a time (1.6 and 7.5 hours for 10,000 on an A800, GPT-2 XL): a model almost a thousand "
+        f"Written per CPU-second, {largest:,} edits: {rates[PLAIN]:.0f} as initialised, {rates[TRAINED]:.0f} with retrofit. The published "
+        "code takes .58 s and 2.7 s per edit, one at a time (1.6 and 7.5 hours for 10,000 on an A800, GPT-2 XL): a model almost a thousand "
         "times as large, so this is no comparison."
     )
 
