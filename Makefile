@@ -45,6 +45,8 @@ bench: $(STAMP)  ## print the benchmarks; each says what it measures
 	$(BIN)/python -m benchmarks.spread
 	$(BIN)/python -m benchmarks.calibration
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.neuron_lookup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.neuron_quality
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.neuron_ablations
 
 soak: $(STAMP)  ## 200 scheduled batches with faults; more than half an hour
 	$(BIN)/python -m benchmarks.soak

@@ -1,6 +1,6 @@
-"""D4S and iReVa side by side on the same streams of the built-in base, and the ablations of iReVa's paper.
+"""D4S and iReVa side by side on the same streams of the built-in base.
 
-    python -m benchmarks.neuron_quality [--sizes 100,300,1000,5000] [--seeds 3] [--batch 20] [--mixed 300] [--ablated 1000]
+    python -m benchmarks.neuron_quality [--sizes 100,300,1000,5000] [--seeds 3] [--batch 20] [--mixed 300]
         [--figure benchmarks/figures/neuron_quality.png]
 
 Each stream holds another fact each time, several of one person among them, and is measured on its way; a size for which the base does not
@@ -14,13 +14,11 @@ import copy
 import os
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,7 +33,6 @@ from errata.candidates import load_artifacts
 from errata.editors.artifacts import Artifact
 from errata.editors.base import Editor
 from errata.editors.ireva.editor import IReVa
-from errata.editors.neurons import NeuronPatch
 from errata.edits import SLOT, Edit
 from errata.evaluation.metrics import all_correct
 from errata.evaluation.scoring import score_targets
@@ -72,107 +69,48 @@ class Point:
     """Bytes per edit of all pairs that were stored, those included that another grouping took the place of."""
     artifact: float
     """Bytes per edit of artifact and parts."""
-    overhead: float | None
+    overhead: float
     """Extra time per decoded token over the unedited base."""
 
 
-class Ablation(NamedTuple):
-    """One change of iReVa, and what the paper says that it does."""
-
-    name: str
-    of: str
-    change: Callable[[NeuronProfile], NeuronProfile]
-    measure: str
-    sign: int
-    """Of the change in the paper; 0 where it has none."""
-    paper: str
-    why: str
-    """The likely reason, where it does not hold here."""
-
-
-def _change_gate(profile: NeuronProfile, **options: Any) -> NeuronProfile:
-    return profile.model_copy(update={"solve": profile.solve.model_copy(update=options)})
-
-
-def _drop_threshold(profile: NeuronProfile, *, gain: float) -> NeuronProfile:
-    """In training as well."""
-    trained = profile.prepare.retrofit and profile.prepare.retrofit.model_copy(update={"theta": 0.0, "gain": gain})
-    prepare = profile.prepare.model_copy(update={"retrofit": trained})
-    return _change_gate(profile.model_copy(update={"prepare": prepare}), theta=0.0, gain=gain)
-
-
-def _drop_reconstruction(profile: NeuronProfile) -> NeuronProfile:
-    assert profile.prepare.retrofit
-    trained = profile.prepare.retrofit.model_copy(update={"reconstruction": 0.0})
-    return profile.model_copy(update={"prepare": profile.prepare.model_copy(update={"retrofit": trained})})
-
-
-_NOT_THRESHOLD = "with a gain that exact matches alone reach, what other inputs get may be too little to change an answer."
-_NOT_POOL = (
-    "a sum differs from a maximum only where several neurons fire, and here hardly any two keys are within θ of each other (line below). "
-    "The paper's prompts all end in the same word, so that ten thousand keys lie close together."
-)
-_NOT_RECONSTRUCTION = (
-    "its effect is elsewhere (table below): the product of a neuron with its own input grows, so that the fixed bias is no cosine of θ "
-    "any more and neurons fire at strangers, which costs specificity. An edit's own input stays nearest to its own neuron, with keys this "
-    "far apart."
-)
-
-ABLATIONS = tuple(
-    Ablation(name, of, change, measure, sign, paper, why)
-    for name, change, measure, sign, paper, why in (
-        ("no threshold, α as it was (gain 320)", partial(_drop_threshold, gain=320.0), "specificity", -1, "NS 26.0 → 2.9", _NOT_THRESHOLD),
-        ("no threshold, gain 80", partial(_drop_threshold, gain=80.0), "specificity", -1, "NS 26.0 → 2.9", _NOT_THRESHOLD),
-        ("no max-pool", partial(_change_gate, pooling="sum"), "efficacy", -1, "ES 97 → 56", _NOT_POOL),
-        ("no reconstruction loss", _drop_reconstruction, "efficacy", -1, "ES 97.5 → 92", _NOT_RECONSTRUCTION),
-        ("gate as published", partial(_change_gate, gate="published"), "specificity", 0, "is the paper's", ""),
-    )
-    for of in ((TRAINED,) if change is _drop_reconstruction else (PLAIN, TRAINED))
-)
-
-
 def run(
-    sizes: Annotated[
-        str, typer.Option(help="Edits at which streams are measured, comma-separated; none: ablations only.")
-    ] = "100,300,1000,5000",
+    sizes: Annotated[str, typer.Option(help="Edits at which streams are measured, comma-separated.")] = "100,300,1000,5000",
     seeds: Annotated[int, typer.Option(min=1, help="Streams.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Edits per batch; sizes are rounded down to whole batches.")] = 20,
     mixed: Annotated[int, typer.Option(min=0, help="Edits of the mixed streams: re-edits and targets of two words; 0: none.")] = 300,
-    ablated: Annotated[int, typer.Option(min=0, help="Edits of the streams of the ablations; 0: none.")] = 1_000,
     figure: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("benchmarks/figures/neuron_quality.png"),
 ) -> None:
     out.print(f"[dim]{CAVEAT}[/]")
-    _print_load("start")
+    print_load("start")
     base, d4s, world = load_builtin()
     known = _count_known(base, world)
-    marks = _choose_sizes([int(size) for size in sizes.split(",") if size], known, batch)
+    marks = _choose_sizes([int(size) for size in sizes.split(",")], known, batch)
     out.print(f"The base knows {known:,} of its {len(world.facts):,} facts; at most a third of them may be edited: {known // 3:,}.")
-    editors: dict[str, Editor[Any]] = {D4S_NAME: d4s, **{name: IReVa(_choose(base, name), base.layout) for name in (PLAIN, TRAINED)}}
+    editors: dict[str, Editor[Any]] = {
+        D4S_NAME: d4s,
+        **{name: IReVa(choose_published(base, name), base.layout) for name in (PLAIN, TRAINED)},
+    }
     points: list[Point] = []
-    for seed in range(seeds if marks else 0):
+    for seed in range(seeds):
         streams = {"slots": (world.make_edits(marks[-1], seed, "slots"), marks)}
         if mixed:
             streams["mixed"] = (world.make_edits(mixed, seed, "mixed"), [mixed])
         for stream, (edits, at) in streams.items():
-            said = _ask_base(base, world, edits)
+            said = ask_base(base, world, edits)
             for name, editor in editors.items():
                 found = _follow_stream(base, editor, world, edits, said, batch, at)
                 points += [Point(stream, size, name, **measured) for size, measured in found.items()]
             out.print(f"[dim]{stream}, seed {seed}: done[/]")
-    if points:
-        _print_quality(points)
-        _print_costs(points)
-        _print_retrofit(points)
-        _print_load("after the streams")
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        draw_scores([point for point in points if point.stream == "slots"], figure)
-        out.print(f"picture: {figure}")
-    if ablated:
-        _ablate(base, world, ablated, seeds)
-        _print_load("end")
+    _print_quality(points)
+    _print_costs(points)
+    _print_retrofit(points)
+    print_load("after the streams")
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    draw_scores([point for point in points if point.stream == "slots"], figure)
+    out.print(f"picture: {figure}")
 
 
-def _choose(base: Base, name: str) -> NeuronProfile:
+def choose_published(base: Base, name: str) -> NeuronProfile:
     """Published values for this base."""
     suggested = suggest_neurons(base.layout.count_layers(base.model), builtin=True)
     trained = Retrofit(theta=suggested.solve.theta, gain=suggested.solve.gain) if name == TRAINED else None
@@ -209,7 +147,7 @@ def _follow_stream(
             (layer,) = grown.manifest.layers
             parts = [digest for digest in (layer.artifact, *layer.parts) if digest]
             points[size] = {
-                **_measure(base, world, stream, said, grown, artifact),
+                **measure_edits(base, world, stream, said, grown, artifact),
                 "wall": sum(watch.wall.values()) / size,
                 "cpu": sum(watch.cpu.values()) / size,
                 "pairs": sum(len(blobs.get(digest)) for digest in stored) / size,
@@ -219,7 +157,7 @@ def _follow_stream(
     return points
 
 
-def _ask_base(base: Base, world: World, stream: Sequence[Edit]) -> set[tuple[str, str]]:
+def ask_base(base: Base, world: World, stream: Sequence[Edit]) -> set[tuple[str, str]]:
     """What the unedited base says as the world has it, of all that a stream is asked which it does not edit."""
     rows = list(dict.fromkeys([*_list_neighbours(stream), *world.untouched(stream)[:_UNTOUCHED]]))
     scored = score_targets(base, rows, batch_tokens=2_048)
@@ -230,13 +168,13 @@ def _list_neighbours(edits: Sequence[Edit]) -> list[tuple[str, str]]:
     return [(probe.prompt, probe.answers[0]) for edit in edits for probe in edit.neighborhood_prompts]
 
 
-def _measure(
+def measure_edits(
     base: Base, world: World, stream: Sequence[Edit], said: Collection[tuple[str, str]], grown: Grown, artifact: Artifact
 ) -> dict[str, Any]:
     """Shares with the artifact, and those of the base.
 
     Args:
-        said: `_ask_base` of the stream.
+        said: `ask_base` of the stream.
     """
     live = list(grown.live.values())
     firsts = {edit.edit_id for edit in stream[:_FIRST]}
@@ -271,66 +209,6 @@ def _measure_overhead(base: Base, artifact: Artifact) -> float:
     return extra / statistics.median(taken["base"])
 
 
-def _ablate(base: Base, world: World, count: int, seeds: int) -> None:
-    """Each change against the editor it is a change of, on the same streams, written at once."""
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    own: list[float] = []
-    overlaps: list[tuple[float, float]] = []
-    for seed in range(seeds):
-        stream = world.make_edits(count, seed, "slots")
-        said = _ask_base(base, world, stream)
-        profiles = {name: _choose(base, name) for name in (PLAIN, TRAINED)}
-        profiles |= {f"{case.name} {case.of}": case.change(profiles[case.of]) for case in ABLATIONS}
-        for name, profile in profiles.items():
-            grown, (artifact,) = _write_at_once(base, IReVa(profile, base.layout), stream)
-            measured = _measure(base, world, stream, said, grown, artifact)
-            found[name].append(measured["shares"])
-            if name == PLAIN:
-                overlaps.append(_measure_overlap(artifact))
-        own.append(measured["base"]["specificity"])
-        out.print(f"[dim]ablations, seed {seed}: done[/]")
-    table = Table(
-        title=f"ablations, {count:,} edits (base's own specificity {_spell(statistics.mean(own))}): mean of the streams, and changes"
-    )
-    for name in ("what", "of", "measure", "whole", "without", "change on each stream", "paper", "sign as in the paper"):
-        table.add_column(name)
-    notes = []
-    for case in ABLATIONS:
-        whole, without = ([shares[case.measure] for shares in found[name]] for name in (case.of, f"{case.name} {case.of}"))
-        changes = [round(after - before, 4) for before, after in zip(whole, without, strict=True)]
-        agreeing = sum(change * case.sign > 0 for change in changes)
-        verdict = f"{agreeing} of {len(changes)}" if case.sign else "–"
-        means = (_spell(statistics.mean(whole)), _spell(statistics.mean(without)))
-        table.add_row(case.name, case.of, case.measure, *means, " ".join(f"{change:+.3f}" for change in changes), case.paper, verdict)
-        if case.sign and agreeing < len(changes):
-            notes.append(f"{case.name} ({case.of}) does not hold here: {case.why}")
-    out.print(table)
-    for note in dict.fromkeys(notes):
-        out.print(note)
-    near, nearest = (statistics.mean(each) for each in zip(*overlaps, strict=True))
-    out.print(f"Keys within θ of that of another edit: {near:.1%}; cosine with the nearest other key: median {nearest:.2f}.")
-    rest = Table(title="all measures of the ablations")
-    for name in ("what", *MEASURES[:4]):
-        rest.add_column(name)
-    for name, shares in found.items():
-        rest.add_row(name, *(_spell(statistics.mean(each[measure] for each in shares)) for measure in MEASURES[:4]))
-    out.print(rest)
-
-
-def _measure_overlap(artifact: Artifact) -> tuple[float, float]:
-    """Share of keys that are within θ of another one, and the median cosine with the nearest other."""
-    assert isinstance(artifact, NeuronPatch)
-    keys = torch.cat([block.keys for block in artifact.blocks])
-    nearest = (keys @ keys.T / (artifact.width - 1)).fill_diagonal_(-1.0).amax(dim=1)
-    return float((nearest > artifact.theta).double().mean()), float(nearest.median())
-
-
-def _write_at_once(base: Base, editor: IReVa, stream: Sequence[Edit]) -> tuple[Grown, list[Artifact]]:
-    blobs = MemoryBlobs()
-    *_, grown = grow_stream(blobs, base, editor, stream, len(stream))
-    return grown, load_artifacts(blobs, grown.manifest)
-
-
 def _group(points: Sequence[Point]) -> list[tuple[tuple[str, int, str], list[Point]]]:
     """Points of all seeds by stream, size and editor."""
 
@@ -351,8 +229,8 @@ def _print_quality(points: Sequence[Point]) -> None:
     for (stream, size, editor), group in _group(points):
         cells = {name: [point.shares[name] for point in group] for name in MEASURES}
         own = {name: [point.base[name] for point in group] for name in group[0].base}
-        spelt = {name: f"{_spell(statistics.mean(values))} ({_spell(min(values))})" for name, values in cells.items()}
-        near, far = (_spell(statistics.mean(own[name])) for name in ("specificity", "untouched"))
+        spelt = {name: f"{spell_share(statistics.mean(values))} ({spell_share(min(values))})" for name, values in cells.items()}
+        near, far = (spell_share(statistics.mean(own[name])) for name in ("specificity", "untouched"))
         shares = [spelt["efficacy"], spelt["generalization"], spelt["specificity"], near, spelt["untouched"], far, spelt["retention"]]
         table.add_row(stream, f"{size:,}", editor, *shares, end_section=editor == TRAINED)
     out.print(table)
@@ -368,7 +246,7 @@ def _print_costs(points: Sequence[Point]) -> None:
         wall, cpu, pairs, artifact = (
             statistics.mean(getattr(point, name) for point in group) for name in ("wall", "cpu", "pairs", "artifact")
         )
-        overhead = statistics.median(point.overhead for point in group if point.overhead is not None)
+        overhead = statistics.median(point.overhead for point in group)
         cells = (f"{wall:.4f}", f"{cpu:.4f}", f"{pairs:,.0f}", f"{artifact:,.0f}", f"{overhead:+.1%}")
         table.add_row(stream, f"{size:,}", editor, *cells, end_section=editor == TRAINED)
     out.print(table)
@@ -377,17 +255,17 @@ def _print_costs(points: Sequence[Point]) -> None:
 def _print_retrofit(points: Sequence[Point]) -> None:
     largest = max(point.size for point in points if point.stream == "slots")
     rates = {
-        name: 1 / statistics.mean(point.wall for point in points if (point.stream, point.size, point.editor) == ("slots", largest, name))
+        name: 1 / statistics.mean(point.cpu for point in points if (point.stream, point.size, point.editor) == ("slots", largest, name))
         for name in (PLAIN, TRAINED)
     }
     out.print(
-        f"Written per second, {largest:,} edits: {rates[PLAIN]:.0f} as initialised, {rates[TRAINED]:.0f} with retrofit. The published code "
-        "takes .58 s and 2.7 s per edit, one at a time (1.6 and 7.5 hours for 10,000 on an A800, GPT-2 XL): a model almost a thousand "
+        f"Written per CPU-second, {largest:,} edits: {rates[PLAIN]:.0f} as initialised, {rates[TRAINED]:.0f} with retrofit. The published "
+        "code takes .58 s and 2.7 s per edit, one at a time (1.6 and 7.5 hours for 10,000 on an A800, GPT-2 XL): a model almost a thousand "
         "times as large, so this is no comparison."
     )
 
 
-def _spell(value: float) -> str:
+def spell_share(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
 
 
@@ -417,7 +295,7 @@ def draw_scores(points: Sequence[Point], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def _print_load(when: str) -> None:
+def print_load(when: str) -> None:
     out.print(f"[dim]load {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {when}[/]")
 
 
