@@ -176,19 +176,19 @@ class World:
             values.setdefault((fact.relation.name, fact.object), []).append(fact)
         return values
 
-    def make_edits(self, count: int, seed: int, kind: Literal["distinct", "mixed", "slots"] = "distinct") -> list[Edit]:
+    def make_edits(self, count: int, seed: int, kind: Literal["distinct", "slots", "mixed"] = "distinct") -> list[Edit]:
         """Counterfactual edits in CounterFact's form, in order of arrival.
 
-        `distinct`: another person each time, old and new objects of one token. `mixed`: several edits per person, some of them
-        re-edits of the same slot (which replace), and objects of two tokens among the targets. `slots`: another fact each time, several of
-        one person among them, old and new objects of one token.
+        `distinct`: another person each time, old and new objects of one token. `slots`: another fact each time, of one half of the
+        persons, old and new objects of one token; more edits than persons are possible. `mixed`: several edits per person, some of them
+        re-edits of the same slot (which replace), and objects of two tokens among the targets.
         Neighbours are persons with the same old object whom no edit of this stream touches.
 
         Raises:
-            InputError: fewer persons than the stream needs.
+            InputError: fewer persons, or facts, than the stream needs.
         """
         rng = random.Random(f"edits {kind} {seed}")
-        draw = {"distinct": self._draw_distinct, "mixed": self._draw_mixed, "slots": self._draw_slots}[kind]
+        draw = {"distinct": self._draw_distinct, "slots": self._draw_slots, "mixed": self._draw_mixed}[kind]
         slots = draw(count, rng)
         edited = {fact.subject for fact, _ in slots}
         return [self._write_edit(fact, target, edited, rng) for fact, target in slots]
@@ -233,9 +233,10 @@ class World:
         return slots
 
     def _draw_slots(self, count: int, rng: random.Random) -> list[tuple[Fact, str]]:
-        facts = [fact for fact in self.facts if " " not in fact.object]
+        persons = rng.sample(self.persons, len(self.persons) // 2)
+        facts = [fact for person in persons for fact in self.facts_of(person) if " " not in fact.object]
         if count > len(facts):
-            raise InputError(f"slot edits: expected at most {len(facts)}, one per fact with a one-word object, found {count}")
+            raise InputError(f"edits of distinct slots: expected at most {len(facts)}, those of half of the persons, found {count}")
         return [(fact, _draw_target(fact, fact.relation.one_word_objects, None, rng)) for fact in rng.sample(facts, count)]
 
     def _draw_mixed(self, count: int, rng: random.Random) -> list[tuple[Fact, str]]:

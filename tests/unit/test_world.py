@@ -10,7 +10,7 @@ from errata.edits import SLOT
 from errata.errors import InputError
 from errata.world import RELATIONS, World, WorldSettings, make_world
 
-KINDS = ("distinct", "mixed", "slots")
+KINDS = ("distinct", "slots", "mixed")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,15 @@ def test_distinct_edits_name_each_person_once_and_need_one_token(world: World) -
     assert not any(" " in f"{edit.target_new}{edit.target_true}" for edit in edits)
 
 
+def test_a_stream_of_slots_names_each_fact_once_and_half_of_the_persons(world: World) -> None:
+    edits = world.make_edits(400, 0, "slots")
+    assert len({(edit.subject, edit.relation_id) for edit in edits}) == 400
+    assert len({edit.subject for edit in edits}) <= 100
+    assert not any(" " in f"{edit.target_new}{edit.target_true}" for edit in edits)
+    with pytest.raises(InputError, match="those of half of the persons, found 601"):
+        world.make_edits(601, 0, "slots")
+
+
 def test_a_mixed_stream_holds_what_makes_streams_hard(world: World) -> None:
     edits = world.make_edits(100, 0, "mixed")
     by_slot: dict[tuple[str, ...], list[str]] = {}
@@ -113,12 +122,3 @@ def test_withheld_phrasings_never_occur_in_the_corpus(world: World) -> None:
     withheld = {f"{fact.prompts[fact.withheld]} {fact.object}." for fact in world.facts if fact.withheld is not None}
     assert withheld
     assert not withheld & set(world.corpus(seed=0, count=20_000))
-
-
-def test_slot_edits_are_about_another_fact_each(world: World) -> None:
-    """More than there are persons: the whole world but for its two-word objects can be edited."""
-    edits = world.make_edits(700, 0, "slots")
-    assert len({edit.slot for edit in edits}) == 700 > len(world.persons)
-    assert all(" " not in text for edit in edits for text in (edit.target_new, edit.target_true or ""))
-    with pytest.raises(InputError, match="slot edits: expected at most"):
-        world.make_edits(1_201, 0, "slots")
