@@ -9,23 +9,29 @@ relations, and of no direction at all; the share is that of queries that get the
 
 Second table: decoding on GPT-2 small's shape (12 layers, 768 wide, 12 heads, 50,257 tokens, random weights, float32), batch 1, KV cache,
 prefill not counted, neurons at layer 11. Each token is computed once unedited, once with the bare key product at that layer, and once with
-each form; extra time is the median of the differences at the same token (in brackets their quartiles), which a busy machine disturbs least.
+the patch of `errata.editors.neurons` beside that layer's MLP in each form; extra time is the median of the differences at the same token (in
+brackets their quartiles), which a busy machine disturbs least.
 """
 
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch.nn.functional import gelu
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
+from benchmarks.tiny_base import write_base
+from errata.editors.neurons import Block, NeuronPatch, Neurons
+from errata.modeling.beside import respond_beside
+from errata.modeling.loading import Base, hold_base, load_base
 from errata.retrieval.index import CELLS, Form, KeyIndex, choose_form
 
 WIDTH = 768
@@ -101,28 +107,17 @@ def _draw_directions(count: int, width: int, rng: torch.Generator) -> torch.Tens
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-@contextmanager
-def attach_neurons(model: GPT2LMHeadModel, layer: int, index: KeyIndex, values: torch.Tensor) -> Iterator[None]:
-    """The neuron step at the MLP of one layer, at the last position of each row: what an iReVa patch does where nothing is padded.
+def attach_neurons(base: Base, keys: torch.Tensor, values: torch.Tensor, form: Form) -> Callable[[], AbstractContextManager[None]]:
+    """The neurons of a patch as a served model has them, with the keys searched in one form: what is entered for each token.
 
     Args:
-        index: N standardised keys.
-        values: [N, d], a row of the unembedding per neuron.
+        keys, values: [N, d].
     """
-    scale = WIDTH - 1
-    bias, alpha = THETA * scale, 80 / ((1 - THETA) * scale)
-
-    def add_values(_: object, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        scores, rows = index.find_best(standardise(inputs[0][:, -1]))
-        activations = torch.where(scores > bias, gelu(scores - bias), 0)
-        output[:, -1] += alpha * activations[:, None] * values[rows]
-        return output
-
-    handle = model.transformer.h[layer].mlp.register_forward_hook(add_values)
-    try:
-        yield
-    finally:
-        handle.remove()
+    count = len(keys)
+    block = Block(tuple((str(row),) for row in range(count)), (1,) * count, keys, values)
+    patch = NeuronPatch(base.digest, LAYER, THETA, 80.0, silent=True, pooled=True, blocks=(block,), dead=frozenset(), parts={})
+    neurons = Neurons(patch, KeyIndex(keys, form, tie=1e-4 * (WIDTH - 1)), keys, torch.cat([values, values.new_zeros(1, WIDTH)]))
+    return lambda: respond_beside(base, LAYER, neurons)
 
 
 @contextmanager
@@ -208,6 +203,8 @@ def _spell_share(share: float) -> str:
 def _compare_decoding(counts: Sequence[int], tokens: int) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).eval()
+    with tempfile.TemporaryDirectory() as work:
+        base = hold_base(model, load_base(write_base(Path(work)), device="cpu").tokenizer)  # no text is read here
     table = Table(title=f"decoding, GPT-2 small's shape, neurons at layer {LAYER}, {torch.get_num_threads()} thread(s): ms per token")
     for name in ("neurons", "", "ms per token", "extra ms", "extra / bare product", "over unedited"):
         table.add_column(name, justify="left" if not name else "right")
@@ -220,8 +217,7 @@ def _compare_decoding(counts: Sequence[int], tokens: int) -> None:
             "bare product": lambda keys=keys: attach_product(model, LAYER, keys),
         }
         for form in FORMS:
-            index = KeyIndex(keys, form)
-            modes[form] = lambda index=index, values=values: attach_neurons(model, LAYER, index, values)
+            modes[form] = attach_neurons(base, keys, values, form)
         taken = _decode_in_turn(model, modes, tokens)
         unedited = statistics.median(taken["unedited"])
         extra = {
