@@ -56,6 +56,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    editor: str
     family: str
     dtype: str
     parameters: int
@@ -193,6 +194,7 @@ def make_plan(
         lines.add("always", "sums that are written on the way", "disk", sums)
     lines.add("always", "one artifact, float32", "disk", 4 * deltas)
     return Plan(
+        editor="d4s",
         family=model.config.model_type,
         dtype=str(weights[0].dtype).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -224,6 +226,7 @@ def plan_neurons(model: PreTrainedModel, layer: int, room: Room, *, edits: int =
     lines.add("always", f"pairs of {edits:,} edits, float32", "disk", edits * pair)
     lines.add("always", "blocks of neurons, float32", "disk", edits * pair)
     return Plan(
+        editor="ireva",
         family=model.config.model_type,
         dtype=str(weight.dtype).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),

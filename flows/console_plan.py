@@ -53,17 +53,11 @@ def plan(
 
 def build_plan(facts: dict[str, Any], base: str) -> RenderableType:
     """A plan as a table, phase by phase."""
-    layers = ", ".join(map(str, facts["layers"]))
-    (d_out, d_in), size = facts["shapes"][-1], views.show_size
+    size = views.show_size
     room = ", ".join(f"{size(facts['room'][place])} {name}" for place, name in _PLACES.items())
     rows = [
         ("base", f"[bold]{escape(base)}[/]: {facts['family']}, {facts['parameters']:,} parameters, {facts['dtype']}"),
-        ("edited", f"layers {layers}, weights of {d_out:,} × {d_in:,}, spread {facts['spread']}"),
-        (
-            "one edit",
-            f"{size(facts['pair_bytes'])} on the disk; one layer's sums {size(facts['layer_bytes'])}, whatever the number of edits",
-        ),
-        ("factors", "of all layers are kept between batches" if facts["hoards"] else "one layer at a time: each batch factors twice"),
+        *(_spell_weights if facts["editor"] == "d4s" else _spell_neurons)(facts),
         ("room", room),
         ("verdict", "[green]fits[/]" if facts["fits"] else "[red]does not fit[/]"),
     ]
@@ -74,3 +68,21 @@ def build_plan(facts: dict[str, Any], base: str) -> RenderableType:
         verdict = "" if line["fits"] else "[red]no room[/]"
         table.add_row(line["phase"], line["what"], _PLACES[line["place"]], size(line["bytes"]), verdict)
     return Group(views.build_pairs(rows), "", table)
+
+
+def _spell_weights(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    (d_out, d_in), size = facts["shapes"][-1], views.show_size
+    layers = ", ".join(map(str, facts["layers"]))
+    sums = f"one layer's sums {size(facts['layer_bytes'])}, whatever the number of edits"
+    return [
+        ("edited", f"layers {layers}, weights of {d_out:,} × {d_in:,}, spread {facts['spread']}"),
+        ("one edit", f"{size(facts['pair_bytes'])} on the disk; {sums}"),
+        ("factors", "of all layers are kept between batches" if facts["hoards"] else "one layer at a time: each batch factors twice"),
+    ]
+
+
+def _spell_neurons(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("beside", f"the MLP of layer {facts['layers'][0]}, keys and values {facts['shapes'][0][0]:,} wide"),
+        ("one edit", f"{views.show_size(facts['pair_bytes'])} on the disk, and as much where the model answers"),
+    ]

@@ -1,6 +1,7 @@
 """A stream whose editor is iReVa, through everything that people do with a stream."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,33 @@ def test_versions_share_what_does_not_change(
     monkeypatch.setenv("ERRATA_ROOT", str(tmp_path / "elsewhere"))
     facts = check(errata)
     assert facts["findings"] == [] and facts["compared"] == {"bits": 6}
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_archived_version_gets_its_blocks_back(
+    desk: Any, make_edit: Make, errata: Errata, ask: Callable[[Edit], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERRATA_KEEP__RECENT", "1")
+    monkeypatch.setenv("ERRATA_KEEP__DAILY_DAYS", "0")
+    edits = [make_edit(number, id=f"case-{number}") for number in range(9)]
+    for day in range(3):
+        desk.submit(f"day-{day}", *edits[3 * day : 3 * day + 3])
+        desk.apply()
+    desk.withdraw("case-0", "case-1")
+    assert errata("compact").code == 0  # other blocks: nobody but the old versions needs theirs
+    objects, old = desk.open().objects, desk.read_manifest(4).layers[0]
+    assert errata("gc").code == 0
+    for path in (desk.root / "streams").rglob("*"):
+        if path.is_file():
+            moment = path.stat().st_mtime - 2 * 86_400
+            os.utime(path, (moment, moment))
+    assert errata("gc").code == 0
+    assert not objects.exists(old.artifact) and not all(map(objects.exists, old.parts))
+    assert check(errata)["findings"] == []
+    assert errata("rebuild", "--to", "4").code == 0
+    assert all(map(objects.exists, old.stored))
+    desk.roll_back(4)
+    assert ask(edits[2]).startswith(edits[2].target_new.split()[0])
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -28,6 +28,7 @@ from errata.plan import (
     count_predictions,
     count_weights,
     make_plan,
+    plan_neurons,
     read_bytes,
     spell_bytes,
 )
@@ -66,6 +67,17 @@ def config_of(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
 def find(plan: Plan, begin: str) -> int:
     (size,) = (line.bytes for line in plan.lines if line.what.startswith(begin))
     return size
+
+
+def test_neurons_of_a_7b_model_are_planned(config_of: Callable[..., str]) -> None:
+    plan = plan_neurons(sketch_model(config_of(LLAMA_7B)), 30, PLENTY, edits=20_000)
+    assert (plan.editor, plan.layers, plan.fits) == ("ireva", (30,), True)
+    assert plan.pair_bytes == 3 * 2 * 4 * 4096, "keys and values of three tokens, float32"
+    assert find(plan, "keys and values of 20,000 edits") == 20_000 * plan.pair_bytes
+    small = plan_neurons(sketch_model(config_of(LLAMA_7B)), 30, Room(GIB, GIB, GIB, True), edits=20_000)
+    assert not small.fits
+    with pytest.raises(ModelError):
+        small.require_fit()
 
 
 def test_a_7b_model_is_planned_from_its_configuration(config_of: Callable[..., str]) -> None:
