@@ -475,7 +475,7 @@ def test_a_compiled_model_follows(base: Base) -> None:
     assert follow(base, compiled, *left) and torch.equal(read_logits(base, *left), plain)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_model_compiled_to_machine_code_follows(tiny_gpt2: Base) -> None:
     base, respond = tiny_gpt2, make_response(tiny_gpt2)
