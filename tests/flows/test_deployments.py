@@ -124,7 +124,7 @@ def test_the_writers_of_a_stream_share_one_limit(deployments: dict[str, Any]) ->
         writers = {limits[name] for name, made in deployments.items() if {stream, "writer"} <= set(made.tags)}
         assert writers == {limit_name(stream)}
     beside = [limit for name, limit in limits.items() if name.split("/")[0] in BESIDE]
-    assert len(set(beside)) == len(beside) == 6
+    assert len(set(beside)) == len(beside) == 2 * len(BESIDE)
 
 
 def test_a_writer_waits_for_another_one_of_its_stream(prefect_server: str, deployments: dict[str, Any], client: SyncPrefectClient) -> None:
