@@ -9,8 +9,8 @@ relations, and of no direction at all; the share is that of queries that get the
 
 Second table: decoding on GPT-2 small's shape (12 layers, 768 wide, 12 heads, 50,257 tokens, random weights, float32), batch 1, KV cache,
 prefill not counted, neurons at layer 11. Each token is computed once unedited, once with the bare key product at that layer, and once with
-the patch of `errata.editors.neurons` beside that layer's MLP in each form; extra time is the median of the differences at one token, with its
-standard error: what a busy machine disturbs least.
+the patch of `errata.editors.neurons` beside that layer's MLP in each form; extra time is the median of the differences at one token, with
+its standard error: what a busy machine disturbs least.
 """
 
 import os
