@@ -20,8 +20,8 @@ from registry.inbox import list_waiting
 from registry.stream import Stream
 
 BLANK = "[erased]"
-_NEURONS = ("neuron_state", "neuron_patch", "pairs")
-"""Kinds of objects that neurons of a version are in; manifests name pairs only as blocks of neurons."""
+_KEEPING = frozenset(["ireva"])
+"""Editors whose versions keep keys of edits that were withdrawn. Of all others no artifact is read, large as they are."""
 _WEIGHTS = ("d4s_state", "weight_delta", "neuron_state", "neuron_patch")
 """Kinds of objects that are made with edits, and again without them."""
 _SHORTEST = 3
@@ -59,9 +59,9 @@ class Survey:
     layers: dict[str, bool] = field(default_factory=dict)
     """Artifact, snapshot or change list → whether it carries one of the edits."""
     versions: dict[str, set[int]] = field(default_factory=dict)
-    """Artifact or snapshot → the commits whose manifests name it."""
+    """Artifact or snapshot of an editor that keeps what was withdrawn → the commits whose manifests name it."""
     artifacts: dict[int, set[str]] = field(default_factory=dict)
-    """Commit → artifacts that its manifest names."""
+    """Commit → such artifacts that its manifest names."""
     lines: dict[str, set[int]] = field(default_factory=dict)
     """Raw file → lines of theirs that were read."""
     reports: dict[str, list[int]] = field(default_factory=dict)
@@ -149,19 +149,21 @@ def _note_named(stream: Stream, commit: Commit, survey: Survey) -> None:
     for what, digest in list_layers(manifest):
         # A snapshot is of the first commit that names it; an artifact that a commit without the edits names is without them.
         carries = commit.seq in survey.commits and what != "change list"
+        known = survey.layers.setdefault(digest, carries)
+        survey.layers[digest] = known and (carries or what == "snapshot")
+    keeping = [layer for layer in manifest["layers"] if layer["editor"] in _KEEPING]
+    for what, digest in list_layers({"layers": keeping}):
         if what != "change list":
             survey.versions.setdefault(digest, set()).add(commit.seq)
         if what == "artifact":
             survey.artifacts.setdefault(commit.seq, set()).add(digest)
-        known = survey.layers.setdefault(digest, carries)
-        survey.layers[digest] = known and (carries or what == "snapshot")
 
 
 def _note_tombstones(stream: Stream, survey: Survey) -> None:
     """Note the versions that are without the edits and carry them all the same: neurons of a withdrawn edit keep their keys."""
     for digest, commits in survey.versions.items():
-        data = stream.objects.get(digest) if stream.objects.exists(digest) else b""
-        if _read_kind(data) in _NEURONS and _list_owners(data) & survey.wanted.ids:
+        entry = stream.objects.find(digest)
+        if entry is not None and _list_owners(stream.storage.read(stream.key(f"objects/{digest}"))) & survey.wanted.ids:
             survey.commits |= commits
             for carrier in (digest, *(artifact for seq in commits for artifact in survey.artifacts.get(seq, ()))):
                 survey.layers[carrier] = True

@@ -31,6 +31,7 @@ CHALLENGER = "challenger"
 """The version that waits for `errata approve`."""
 _PLOT = "norms.png"
 _PARTS = "parts"
+_PARTS_TAG = "errata.parts"
 
 _PAGE = 10_000
 _LOOKED_AT = 20
@@ -135,8 +136,10 @@ class ModelRegistry(Runs):
             RegistryError: it cannot be read, or is not what was stored.
         """
         with self.reporting(f"read part {digest[:12]} of {stream}"), tempfile.TemporaryDirectory() as temporary:
-            run = self._claim_parts(stream).info.run_id
-            where = {"run_id": run, "artifact_path": f"{_PARTS}/{name_part(digest)}", "tracking_uri": self.tracking_uri}
+            run = self._find_parts(stream)
+            if run is None:
+                raise RegistryError(f"MLflow at {self.tracking_uri}: expected the run with the parts of {stream}, found none")
+            where = {"run_id": run.info.run_id, "artifact_path": f"{_PARTS}/{name_part(digest)}", "tracking_uri": self.tracking_uri}
             data = Path(artifacts.download_artifacts(dst_path=temporary, **where)).read_bytes()
         if (found := digest_of(data)) != digest:
             raise RegistryError(f"part of {stream}: expected bytes with sha256 {digest}, read back some with {found}")
@@ -145,7 +148,9 @@ class ModelRegistry(Runs):
     def remove_parts(self, stream: str, digests: Iterable[str]) -> None:
         """Remove parts that hold something erased, where they are there. Safe to repeat."""
         with self.reporting(f"remove what was erased from the parts of {stream}"):
-            run = self._claim_parts(stream)
+            run = self._find_parts(stream)
+            if run is None:
+                return
             store = get_artifact_repository(run.info.artifact_uri)
             there = {item.path for item in self.client.list_artifacts(run.info.run_id, _PARTS)}
             for path in sorted({f"{_PARTS}/{name_part(digest)}" for digest in digests} & there):
@@ -297,8 +302,11 @@ class ModelRegistry(Runs):
 
     def _claim_parts(self, stream: str) -> Run:
         note = "Every model version of this stream reads these files. Do not delete this run."
-        tags = {"errata.parts": stream, "mlflow.note.content": note}
-        return self.claim_run(f"errata/streams/{stream}", "parts", "errata.parts", tags)
+        tags = {_PARTS_TAG: stream, "mlflow.note.content": note}
+        return self.claim_run(f"errata/streams/{stream}", "parts", _PARTS_TAG, tags)
+
+    def _find_parts(self, stream: str) -> Run | None:
+        return self.find_run(f"errata/streams/{stream}", _PARTS_TAG, stream)
 
     def _add_parts(self, run: Run, wanted: Iterable[str], read: Callable[[str], bytes]) -> None:
         there = {item.path.rpartition("/")[2] for item in self.client.list_artifacts(run.info.run_id, _PARTS)}

@@ -48,6 +48,11 @@ class Runs:
             self.client.delete_run(mine.info.run_id)
         return chosen
 
+    def find_run(self, experiment: str, key: str, value: str) -> Run | None:
+        """The run of an experiment that has a tag, if there is one; nothing is made."""
+        found = self.client.get_experiment_by_name(experiment)
+        return self._find_run(found.experiment_id, key, value) if found is not None else None
+
     def _find_run(self, experiment_id: str, key: str, value: str) -> Run | None:
         runs = self.client.search_runs(
             [experiment_id], f"tags.`{key}` = '{value}'", ViewType.ACTIVE_ONLY, max_results=1, order_by=["attributes.start_time ASC"]
