@@ -281,11 +281,8 @@ def restart_state(blobs: Blobs, editor: Editor[Any], base: str, profile: str, re
         StorageError: a pairs object cannot be read.
         BaseMismatchError: the pairs are not of this base and profile.
     """
-    ordered, state = sort_refs(refs), editor.empty_state()
-    digests: list[str] = []
-    for start in range(0, len(ordered), _BLOCK):
-        block = read_pairs(blobs, ordered[start : start + _BLOCK])
-        assert block is not None, "a block has rows"
+    state, digests = editor.empty_state(), list[str]()
+    for block in read_blocks(blobs, refs):
         digests += block.digest_rows()
         state = editor.merge(state, block, None)
     return Restart(state, extend_recipe(start_manifest(editor, base, profile).recipe, "add", sorted(digests)))
@@ -342,20 +339,17 @@ def build_anew(blobs: Blobs, editor: Editor[Any], base: str, profile: str, refs:
     made = restart_state(blobs, editor, base, profile, refs)
     manifest = store_restart(blobs, editor, base, profile, made)
     fits: dict[str, float] = {}
-    for start in range(0, len(refs), _BLOCK):
-        fits |= _measure_fits(editor, made.state, read_pairs(blobs, refs[start : start + _BLOCK]))
+    for block in read_blocks(blobs, refs):
+        fits |= _measure_fits(editor, made.state, block)
     return Candidate(manifest, fits)
 
 
 def repack_pairs(blobs: Blobs, refs: Sequence[PairRef]) -> dict[PairRef, PairRef]:
     """Copy pairs into as few objects as one commit can name; where each lies now."""
-    ordered, places = sort_refs(refs), dict[PairRef, PairRef]()
-    for start in range(0, len(ordered), _BLOCK):
-        block = ordered[start : start + _BLOCK]
-        pairs = read_pairs(blobs, block)
-        assert pairs is not None, "a block has rows"
-        digest = blobs.put(pairs.to_bytes())
-        places |= {ref: PairRef(pairs=digest, row=row) for row, ref in enumerate(block)}
+    ordered, places = iter(sort_refs(refs)), dict[PairRef, PairRef]()
+    for block in read_blocks(blobs, refs):
+        digest = blobs.put(block.to_bytes())
+        places |= {next(ordered): PairRef(pairs=digest, row=row) for row in range(len(block))}
     return places
 
 
@@ -378,6 +372,17 @@ def load_artifacts(blobs: Blobs, manifest: Manifest) -> list[Artifact]:
 def read_pairs(blobs: Blobs, refs: Sequence[PairRef]) -> Pairs | None:
     """The stored pairs, in the order of `refs`; each object is read once."""
     return _read_changes(blobs, group_changes("add", refs))
+
+
+def read_blocks(blobs: Blobs, refs: Iterable[PairRef], on_progress: Progress | None = None) -> Iterator[Pairs]:
+    """Stored pairs in blocks that fit in memory, each once, in the order of `sort_refs`. Raises StorageError: one cannot be read."""
+    ordered = sort_refs(refs)
+    for start in range(0, len(ordered), _BLOCK):
+        block = read_pairs(blobs, ordered[start : start + _BLOCK])
+        assert block is not None, "a block has rows"
+        yield block
+        if on_progress:
+            on_progress(min(start + _BLOCK, len(ordered)), len(ordered))
 
 
 def _read_changes(blobs: Blobs, changes: Sequence[Change]) -> Pairs | None:

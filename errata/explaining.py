@@ -2,7 +2,7 @@
 add to it. Asked of the artifacts themselves, so that it holds for whatever a version consists of.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -10,13 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from errata.candidates import read_pairs
 from errata.editors.artifacts import Artifact
-from errata.editors.base import Blobs, Pairs, Progress
+from errata.editors.base import Pairs
 from errata.editors.neurons import Firing, NeuronPatch
 from errata.evaluation.generation import continue_prompt
 from errata.evaluation.scoring import score_rows
-from errata.manifests import PairRef, sort_refs
 from errata.modeling.loading import Base
 from errata.modeling.offload import read_parameter
 from errata.modeling.patch import attach
@@ -24,8 +22,6 @@ from errata.modeling.trace import trace_inputs
 
 SHOWN = 5
 """Edits with the nearest keys that are named."""
-_BLOCK = 500
-"""Pairs in memory at once."""
 
 
 class Said(NamedTuple):
@@ -149,21 +145,6 @@ def find_near(inputs: Mapping[int, torch.Tensor], pairs: Iterable[Pairs]) -> tup
             best.append(Near(block.owners[index], token, float(places.values[index]), layers))
         best = sorted(best, key=lambda near: -near.cosine)[:SHOWN]
     return best, compared
-
-
-def read_blocks(blobs: Blobs, refs: Iterable[PairRef], on_progress: Progress | None = None) -> Iterator[Pairs]:
-    """Stored pairs in blocks that fit in memory, in the order of the objects they lie in.
-
-    Raises:
-        StorageError: a pairs object cannot be read.
-    """
-    ordered = sort_refs(refs)
-    for start in range(0, len(ordered), _BLOCK):
-        block = read_pairs(blobs, ordered[start : start + _BLOCK])
-        assert block is not None, "a block has rows"
-        yield block
-        if on_progress:
-            on_progress(min(start + _BLOCK, len(ordered)), len(ordered))
 
 
 def list_edits(explanation: Explanation) -> list[str]:

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from errata.editors.artifacts import Artifact
 from errata.editors.base import Editor, Pairs, Progress
 from errata.editors.neurons import NeuronPatch
 from errata.edits import Edit
 from errata.evaluation.scoring import encode_question, score_rows, score_targets, split_by_tokens
 from errata.modeling.beside import respond_beside
 from errata.modeling.loading import Base
-from errata.modeling.patch import Artifact, attach
+from errata.modeling.patch import attach
 from errata.traceability import SwitchedOff
 
 FEW = 50

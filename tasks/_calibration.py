@@ -2,11 +2,13 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
+from errata.editors.base import Progress
+from errata.errors import EditorError
 from errata.modeling.loading import Base
 from errata.profiles import AnyProfile, name_editor
 from errata.settings import Settings, load_settings
@@ -15,7 +17,10 @@ from registry.release import resolve_tracking
 from registry.shared import put_profile
 from registry.storage.base import Storage, open_storage
 from registry.trials import TrialRuns
+from tasks._progress import show_progress
 from tasks._session import find_stored
+
+T = TypeVar("T")
 
 MOST_EDITS = 150
 """Of a trial."""
@@ -62,6 +67,32 @@ def afford_edits(try_some: Callable[[int], object], most: int, seconds: float) -
             break
         count = min(2 * count, most)
     return count
+
+
+class Measured(NamedTuple, Generic[T]):
+    """What a step of a search gave."""
+
+    trials: tuple[T, ...]
+    fault: str | None
+    """Why nothing could be written, where nothing could."""
+    seconds: float
+
+
+def measure_step(told: str, try_all: Callable[[Progress], Iterable[T]]) -> Measured[T]:
+    """Take a step of a search, under a bar that says `told`. What cannot be solved is a finding."""
+    begun = time.perf_counter()
+    trials, fault = tuple[T, ...](), None
+    with show_progress(told) as on_progress:
+        try:
+            trials = tuple(try_all(on_progress))
+        except EditorError as error:
+            fault = str(error)
+    return Measured(trials, fault, round(time.perf_counter() - begun, 3))
+
+
+def list_metrics(values: Mapping[str, float | None]) -> dict[str, float]:
+    """What was measured of a trial, for MLflow."""
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def keep_choice(

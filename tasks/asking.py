@@ -5,11 +5,11 @@ from contextlib import suppress
 from math import exp
 from typing import Any
 
-from errata.candidates import load_artifacts
+from errata.candidates import load_artifacts, read_blocks
 from errata.editors.neurons import Firing, Place
 from errata.errors import ErasedError
 from errata.evaluation.generation import generate_answers
-from errata.explaining import Explanation, Said, explain_answer, list_edits, read_blocks
+from errata.explaining import Explanation, Said, explain_answer, list_edits
 from errata.manifests import Manifest, PairRef
 from errata.modeling.patch import attach
 from errata.settings import Settings

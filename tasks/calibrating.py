@@ -26,7 +26,7 @@ from registry.calibrations import open_objects, read_steps, store_step
 from registry.shared import fetch_moments, get_base
 from registry.storage.base import Storage, open_storage
 from registry.trials import TrialRuns
-from tasks._calibration import MOST_EDITS, afford_edits, keep_choice, load_base, open_root, open_runs
+from tasks._calibration import MOST_EDITS, afford_edits, keep_choice, list_metrics, load_base, measure_step, open_root, open_runs
 from tasks._progress import show_progress
 from tasks._session import limit_editor
 from tasks._task import stage
@@ -144,13 +144,10 @@ def take_step(base: str, search: str, hurry: bool) -> Taken | None:
     step = propose_step(plan.starts, done, hurry)
     if step is None:
         return None
-    begun = time.perf_counter()
-    with show_progress(step.told) as on_progress:
-        try:
-            trials, fault = tuple(desk.try_options(step.prepare, step.spreads, step.fits, on_progress)), None
-        except EditorError as error:
-            trials, fault = (), str(error)
-    made = Done(step=step, trials=trials, fault=fault, seconds=round(time.perf_counter() - begun, 3))
+    trials, fault, seconds = measure_step(
+        step.told, lambda on_progress: desk.try_options(step.prepare, step.spreads, step.fits, on_progress)
+    )
+    made = Done(step=step, trials=trials, fault=fault, seconds=seconds)
     # Shown first: what is stored is never measured, and so never shown, again. A repeated trial finds its run.
     runs = open_runs(settings, base, search)
     for trial in trials:
@@ -279,8 +276,5 @@ def _show_trial(runs: TrialRuns, step: Step, trial: Trial) -> None:
 
 
 def _list_metrics(trial: Trial) -> dict[str, float]:
-    values = {
-        name: getattr(trial, name)
-        for name in ("fit", "reached", "efficacy", "generalization", "specificity", "score", "norm_ratio", "seconds")
-    }
-    return {name: float(value) for name, value in values.items() if value is not None}
+    names = ("fit", "reached", "efficacy", "generalization", "specificity", "score", "norm_ratio", "seconds")
+    return list_metrics({name: getattr(trial, name) for name in names})

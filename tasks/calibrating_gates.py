@@ -20,7 +20,7 @@ from errata.settings import Settings, load_settings
 from errata.suggestions import CONTEXTS, suggest_neurons
 from registry.calibrations import open_objects, read_steps, store_step
 from registry.storage.base import Storage, open_storage
-from tasks._calibration import MOST_EDITS, afford_edits, keep_choice, load_base, open_root, open_runs
+from tasks._calibration import MOST_EDITS, afford_edits, keep_choice, list_metrics, load_base, measure_step, open_root, open_runs
 from tasks._progress import show_progress
 from tasks._session import limit_editor
 from tasks._task import stage
@@ -94,13 +94,8 @@ def take_gate_step(base: str, search: str, hurry: bool) -> Taken | None:
     step = propose_gates(plan.starts, done, hurry)
     if step is None:
         return None
-    begun = time.perf_counter()
-    with show_progress(step.told) as on_progress:
-        try:
-            trials, fault = tuple(desk.try_gates(step.layer, step.gates, on_progress)), None
-        except EditorError as error:
-            trials, fault = (), str(error)
-    made = GateDone(step=step, trials=trials, fault=fault, seconds=round(time.perf_counter() - begun, 3))
+    trials, fault, seconds = measure_step(step.told, lambda on_progress: desk.try_gates(step.layer, step.gates, on_progress))
+    made = GateDone(step=step, trials=trials, fault=fault, seconds=seconds)
     # Shown first, as in `tasks.calibrating.take_step`.
     runs = open_runs(settings, base, search)
     for trial in trials:
@@ -192,11 +187,11 @@ def _read_done(storage: Storage, base: str, search: str) -> list[GateDone]:
 
 
 def _open_desk(settings: Settings, base: str, search: str) -> tuple[GateDesk, GateSearch, FactSheet]:
-    return _hold_desk(settings.root, settings.device, base, search)
+    return _hold_desk(settings.root, settings.device, settings.evaluate.batch_tokens, base, search)
 
 
 @lru_cache(maxsize=1)
-def _hold_desk(root: str, device: str, base: str, search: str) -> tuple[GateDesk, GateSearch, FactSheet]:
+def _hold_desk(root: str, device: str, batch_tokens: int, base: str, search: str) -> tuple[GateDesk, GateSearch, FactSheet]:
     settings, storage = load_settings(root=root, device=device), open_storage(root)
     objects = open_objects(storage, base)
     plan = GateSearch.from_bytes(objects.get(search))
@@ -212,4 +207,4 @@ def _make_desk(settings: Settings, storage: Storage, base: str, edits: tuple[Edi
 
 def _list_metrics(trial: GateTrial) -> dict[str, float]:
     values = {name: getattr(trial.point, name) for name in ("efficacy", "generalization", "specificity", "score")}
-    return {name: float(value) for name, value in {**values, "seconds": trial.seconds}.items() if value is not None}
+    return list_metrics({**values, "seconds": trial.seconds})

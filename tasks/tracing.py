@@ -3,8 +3,7 @@
 import time
 from datetime import UTC, datetime
 
-from errata.candidates import load_artifacts, load_state
-from errata.explaining import read_blocks
+from errata.candidates import load_artifacts, load_state, read_blocks
 from errata.manifests import PairRef
 from errata.switching import choose_sample, switch_off
 from errata.traceability import TraceSummary, summarise

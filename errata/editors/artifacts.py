@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 
 from errata.errors import FormatError
 from errata.modeling.loading import Base
-from errata.modeling.patch import add_deltas
+from errata.modeling.patch import Attachable, add_deltas
 
 _FORMAT = 1
 
@@ -22,18 +22,8 @@ Parts = Mapping[str, Callable[[], bytes]]
 """Digest → how to get its bytes. Equal parts of many versions are stored once."""
 
 
-class Artifact(Protocol):
+class Artifact(Attachable, Protocol):
     """Anything an editor hands over."""
-
-    @property
-    def base(self) -> str:
-        """Digest of the base that it may be put on."""
-        ...
-
-    @property
-    def deltas(self) -> Mapping[str, torch.Tensor]:
-        """Parameter name → what is added to it [d_out, d_in]; empty where every weight stays as it is."""
-        ...
 
     @property
     def written(self) -> Mapping[str, torch.Tensor]:
@@ -44,8 +34,6 @@ class Artifact(Protocol):
     def parts(self) -> Parts:
         """What it has in objects of their own, which its bytes name."""
         ...
-
-    def attach(self, base: Base) -> AbstractContextManager[None]: ...
 
     def to_bytes(self) -> bytes: ...
 

@@ -70,7 +70,7 @@ class Block:
         """As `Pairs.describe` and `Pairs.to_tensors` spell them: of one layer."""
         owners = tuple(tuple(ids) for ids in metadata["owners"])
         keys = next(tensor for name, tensor in tensors.items() if name.startswith("k."))
-        return cls(owners, tuple(metadata.get("sizes", ())) or (1,) * len(owners), keys, tensors["r"])
+        return cls(owners, tuple(metadata["sizes"]), keys, tensors["r"])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -146,24 +146,18 @@ class NeuronPatch:
     @cached_property
     def places(self) -> list[Place]:
         """Row of the index → its neuron. Live ones come first, then the newest: the first of equals wins."""
-        found: list[Place] = []
-        pair = 0
-        for block in self.blocks:
-            for owners, size in zip(block.owners, block.sizes, strict=True):
-                found += [Place(owners, token, pair not in self.dead) for token in range(size)]
-                pair += 1
-        return [found[row] for row in self._order]
+        return [self._arrived[row] for row in self._order]
+
+    @cached_property
+    def _arrived(self) -> list[Place]:
+        """Every neuron, in order of arrival."""
+        pairs = [pair for block in self.blocks for pair in zip(block.owners, block.sizes, strict=True)]
+        return [Place(owners, token, pair not in self.dead) for pair, (owners, size) in enumerate(pairs) for token in range(size)]
 
     @cached_property
     def _order(self) -> list[int]:
-        alive = self._alive
-        return sorted(range(len(alive)), key=lambda row: (not alive[row], -row))
-
-    @cached_property
-    def _alive(self) -> list[bool]:
-        """Neuron, in order of arrival → whether it is live."""
-        sizes = [size for block in self.blocks for size in block.sizes]
-        return [pair not in self.dead for pair, size in enumerate(sizes) for _ in range(size)]
+        """Row of the index → number of its neuron, in order of arrival."""
+        return sorted(range(len(self._arrived)), key=lambda row: (not self._arrived[row].live, -row))
 
     def attach(self, base: Base) -> AbstractContextManager[None]:
         """Let the neurons answer beside the MLP of their layer (`errata.modeling.beside.respond_beside`).
@@ -177,7 +171,7 @@ class NeuronPatch:
         """The neurons, ready to answer on a device."""
         order = torch.tensor(self._order, dtype=torch.long)
         keys = torch.cat([block.keys for block in self.blocks])[order].to(device)
-        live = sum(self._alive)
+        live = sum(place.live for place in self._arrived)
         values = torch.cat([block.values for block in self.blocks])[order[:live]].to(device)
         return Neurons(self, KeyIndex(keys, tie=_SAME * (self.width - 1)), keys, torch.cat([values, values.new_zeros(1, self.width)]))
 

@@ -7,12 +7,12 @@ from errata.evaluation.generation import generate_answers
 from errata.evaluation.metrics import agreement
 from errata.evaluation.scoring import Question, score_targets
 from errata.modeling.loading import Base
-from errata.modeling.patch import Artifact, attach
+from errata.modeling.patch import Attachable, attach
 from errata.report import Mean, Withdrawal, WithdrawnRow
 from errata.settings import EvaluateSettings
 
 
-def measure_consistency(base: Base, artifacts: Sequence[Artifact], withdrawn: Sequence[Edit], settings: EvaluateSettings) -> Withdrawal:
+def measure_consistency(base: Base, artifacts: Sequence[Attachable], withdrawn: Sequence[Edit], settings: EvaluateSettings) -> Withdrawal:
     """Ask the prompts of withdrawn edits on the base and on `base + artifacts`.
 
     Raises:

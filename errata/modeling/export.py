@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from errata.errors import InputError, ModelError, StorageError
 from errata.modeling.loading import Base
 from errata.modeling.offload import list_parameters, read_parameter
-from errata.modeling.patch import Artifact, attach
+from errata.modeling.patch import Attachable, attach
 
 NOTE_FILE = "errata.json"
 """Says what the folder is."""
 
 
-def export_folder(base: Base, artifacts: Sequence[Artifact], target: Path, note: Mapping[str, Any]) -> Path:
+def export_folder(base: Base, artifacts: Sequence[Attachable], target: Path, note: Mapping[str, Any]) -> Path:
     """Write base plus artifacts as one model with merged weights, its tokenizer, and `errata.json`. dtype and tied embeddings are the
     base's. The folder is made beside its place, read back and compared, and then renamed: it is there whole or not at all.
 

@@ -14,20 +14,24 @@ _EDITED = "_errata_edited"
 """Attribute of the model itself, so that all views of one model agree: what of it carries something now (weights by name, an MLP)."""
 
 
-class Artifact(Protocol):
-    """Anything an editor hands over: made for one base, attachable to it."""
+class Attachable(Protocol):
+    """What can be put on a base: of an artifact, all that a model has to know."""
 
     @property
-    def base(self) -> str: ...
+    def base(self) -> str:
+        """Digest of the base that it may be put on."""
+        ...
 
     @property
-    def deltas(self) -> Mapping[str, torch.Tensor]: ...
+    def deltas(self) -> Mapping[str, torch.Tensor]:
+        """Parameter name → what is added to it [d_out, d_in]; empty where every weight stays as it is."""
+        ...
 
     def attach(self, base: Base) -> AbstractContextManager[None]: ...
 
 
 @contextmanager
-def attach(base: Base, artifacts: Sequence[Artifact]) -> Iterator[None]:
+def attach(base: Base, artifacts: Sequence[Attachable]) -> Iterator[None]:
     """Apply artifacts to the base, in order, while the block runs.
 
     Raises:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from errata.candidates import read_blocks
 from errata.editors.artifacts import WeightDelta
 from errata.editors.base import Blobs, Pairs
 from errata.editors.d4s.editor import D4S
@@ -13,7 +14,7 @@ from errata.editors.d4s.moments import collect_moments
 from errata.editors.ireva.editor import IReVa
 from errata.edits import Edit
 from errata.evaluation.generation import generate_answers
-from errata.explaining import SHOWN, explain_answer, list_edits, read_blocks
+from errata.explaining import SHOWN, explain_answer, list_edits
 from errata.manifests import PairRef
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
@@ -151,7 +152,7 @@ def test_stored_pairs_come_block_by_block(monkeypatch: pytest.MonkeyPatch, edita
     pairs, _ = prepare(d4s, editable, edits)
     stored = {"one": pairs.take(range(4)).to_bytes(), "two": pairs.take(range(4, 9)).to_bytes()}
     refs = [PairRef(pairs="two", row=row) for row in (4, 0, 2)] + [PairRef(pairs="one", row=row) for row in (3, 1)] * 2
-    monkeypatch.setattr("errata.explaining._BLOCK", 2)
+    monkeypatch.setattr("errata.candidates._BLOCK", 2)
     told: list[tuple[int, int]] = []
     blocks = list(read_blocks(Store(), refs, lambda *step: told.append(step)))
     assert [owners for block in blocks for owners in block.owners] == [pairs.owners[row] for row in (1, 3, 4, 6, 8)]

@@ -193,6 +193,7 @@ class IReVa:
         found: dict[str, torch.Tensor] = {}
 
         def respond(x: torch.Tensor) -> torch.Tensor:
+            # `predict_at` asks row by row, from left to right, which is the order of `lines` and `places`.
             found["x"] = x
             return (gate.gain * values).to(x.dtype)
 

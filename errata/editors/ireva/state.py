@@ -96,12 +96,11 @@ class NeuronState:
 
     def _drop(self, released: dict[int, list[int]]) -> Self:
         """The state without some tombstones: block → its rows."""
-        first, gone = 0, set[int]()
+        gone = set[int]()
         blocks, digests = [], []
-        for number, block in enumerate(self.blocks):
+        for number, (first, block) in enumerate(self._number()):
             rows = set(released.get(number, ()))
             gone |= {first + row for row in rows}
-            first += len(block)
             kept = block.take([row for row in range(len(block)) if row not in rows]) if rows else block
             if len(kept):
                 blocks.append(kept)
@@ -144,11 +143,9 @@ class NeuronState:
         """Places and digests of the pairs that have these owners, newest first."""
         wanted = set(owners)
         found: list[tuple[int, str]] = []
-        first = 0
-        for block in self.blocks:
+        for first, block in self._number():
             rows = [row for row, ids in enumerate(block.owners) if ids in wanted]
             found += zip((first + row for row in rows), block.take(rows).digest_rows(), strict=True) if rows else ()
-            first += len(block)
         return found[::-1]
 
     def write(self, file: BinaryIO) -> None:
@@ -178,7 +175,7 @@ class NeuronState:
 
 def spell_blocks(state: NeuronState) -> tuple[Block, ...]:
     """Blocks as a patch has them."""
-    return tuple(Block(block.owners, block.sizes or (1,) * len(block), _read_keys(block), block.residuals) for block in state.blocks)
+    return tuple(Block(block.owners, block.sizes, _read_keys(block), block.residuals) for block in state.blocks)
 
 
 def _read_keys(pairs: Pairs) -> torch.Tensor:
