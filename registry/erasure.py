@@ -151,7 +151,7 @@ def _note_named(stream: Stream, commit: Commit, survey: Survey) -> None:
         carries = commit.seq in survey.commits and what != "change list"
         known = survey.layers.setdefault(digest, carries)
         survey.layers[digest] = known and (carries or what == "snapshot")
-    keeping = [layer for layer in manifest["layers"] if layer["editor"] in _KEEPING]
+    keeping = [layer for layer in manifest.get("layers", ()) if layer["editor"] in _KEEPING]
     for what, digest in list_layers({"layers": keeping}):
         if what != "change list":
             survey.versions.setdefault(digest, set()).add(commit.seq)
