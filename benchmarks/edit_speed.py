@@ -44,7 +44,8 @@ from errata.report import Report
 from errata.settings import EvaluateSettings, load_settings
 from errata.world import FILLER
 from registry.commit import commit
-from registry.events import BatchRow, EditsCommit, FileUse, InitCommit, Outcome
+from registry.events import EditsCommit, InitCommit
+from registry.rows import BatchRow, FileUse, Outcome
 from registry.stream import Stream, create_stream
 from tasks.committing import describe_writer
 

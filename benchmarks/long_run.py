@@ -38,7 +38,8 @@ from errata.manifests import PairRef, extend_recipe
 from errata.modeling.layout import ModelLayout
 from errata.profiles import PrepareOptions, Profile, SolveOptions
 from registry.commit import commit
-from registry.events import BatchRow, EditsCommit, FileUse, InitCommit, Outcome
+from registry.events import EditsCommit, InitCommit
+from registry.rows import BatchRow, FileUse, Outcome
 from registry.stream import create_stream
 
 _BASE, _PROFILE, _NAME = "b" * 64, "c" * 64, "long"

@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from errata.edits import canonical_json, digest_of
 from errata.errors import KeyExistsError, StorageError
-from registry.events import FORMAT, FileUse, read_formatted
+from registry.events import FORMAT, read_formatted
 from registry.fold import EditRow, Head
 from registry.index import Index
 from registry.log import CommitLog
 from registry.objects import ObjectStore
+from registry.rows import FileUse
 from registry.storage.base import Storage
 
 SEGMENT_ROWS = 20_000

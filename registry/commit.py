@@ -22,12 +22,12 @@ from registry.events import (
     RebuildCommit,
     RejectionCommit,
     ReturnCommit,
-    Status,
     SummingCommit,
     write_commit,
 )
 from registry.fold import ASIDE, HELD, Changes, EditRow, Head, Move, advance_head, choose_moved, derive_changes
 from registry.history import list_layers
+from registry.rows import Status
 from registry.stream import Stream
 
 CHECKPOINT_EVERY = 10

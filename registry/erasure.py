@@ -13,10 +13,11 @@ from typing import Any
 from errata.edits import SLOT, Edit, canonical_json, digest_of
 from errata.errors import InputError, UnknownNameError
 from registry.erased import ErasureRecord, Gone, Waiting
-from registry.events import AcceptedCommit, BatchRow, Commit, InitCommit, Outcome, Standing
+from registry.events import AcceptedCommit, Commit, InitCommit
 from registry.fold import ASIDE, EditRow, split_occurrence
 from registry.history import list_layers, list_named
 from registry.inbox import list_waiting
+from registry.rows import BatchRow, Outcome, Standing
 from registry.stream import Stream
 
 BLANK = "[erased]"

@@ -14,23 +14,19 @@ from pydantic import BaseModel, ConfigDict
 from errata.errors import FormatError
 from registry.events import (
     AcceptedCommit,
-    BatchRow,
     CalibrationCommit,
     Commit,
     EditsCommit,
     ErasureCommit,
-    FileUse,
     InitCommit,
-    Lines,
     MergeCommit,
-    Outcome,
     PromotionCommit,
     RebaseCommit,
     RejectionCommit,
     ReturnCommit,
-    Status,
     WithdrawalCommit,
 )
+from registry.rows import BatchRow, FileUse, Lines, Outcome, Status
 
 ASIDE: tuple[Status, ...] = ("superseded", "stale")
 """Never judged, or no longer of interest: a later change of their occurrence does not mean these rows."""

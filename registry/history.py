@@ -8,11 +8,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from errata.errors import FormatError, KeyMissingError, ObjectCorruptError
-from registry.events import AcceptedCommit, BatchRow, Commit, ErasureCommit, FileUse, Outcome, SummingCommit, read_rows
+from registry.events import AcceptedCommit, Commit, ErasureCommit, SummingCommit
 from registry.fold import EditRow, Head, advance_head, derive_changes, split_occurrence
 from registry.index import Index
 from registry.log import CommitLog
 from registry.objects import ObjectStore
+from registry.rows import BatchRow, FileUse, Outcome, read_rows
 from registry.storage.base import Storage, open_storage
 from registry.stream import check_stream
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from errata.edits import digest_of
 from errata.errors import InputError, KeyExistsError, KeyMissingError
-from registry.events import Lines
+from registry.rows import Lines
 from registry.storage.base import Entry
 from registry.stream import Stream
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from errata.edits import digest_of
 from errata.errors import StorageError
-from registry.events import FileUse, Status
 from registry.fold import ASIDE, HELD, Changes, EditRow, Head, choose_moved, merge_use, move_row, settle_row, settles
+from registry.rows import FileUse, Status
 
 _SCHEMA_VERSION = 2
 _COLUMNS = ", ".join(f'"{name}"' for name in EditRow._fields)

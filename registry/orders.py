@@ -5,8 +5,8 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from errata.edits import canonical_json
-from registry.events import BatchRow, FileUse, Outcome
 from registry.objects import ObjectStore
+from registry.rows import BatchRow, FileUse, Outcome
 
 
 class _Record(BaseModel):

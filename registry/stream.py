@@ -11,11 +11,12 @@ from errata.edits import Edit, canonical_json, digest_of
 from errata.errors import InputError, KeyExistsError, KeyMissingError, StorageError, UnknownNameError
 from registry.checkpoints import Checkpoints
 from registry.erased import finish_erasures
-from registry.events import FORMAT, BatchRow, Commit, FileUse, InitCommit, Outcome, read_formatted, read_rows
+from registry.events import FORMAT, Commit, InitCommit, read_formatted
 from registry.fold import ASIDE, EditRow, Head, advance_head, derive_changes, split_occurrence
 from registry.index import Index
 from registry.log import CommitLog
 from registry.objects import ObjectStore
+from registry.rows import BatchRow, FileUse, Outcome, read_rows
 from registry.storage.base import Storage, check_create_if_absent, open_storage
 
 ROOT_FILE = "errata.json"

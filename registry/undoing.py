@@ -5,9 +5,10 @@ from typing import NamedTuple
 from errata.edits import Submission, spell_submission
 from errata.errors import InputError, UnknownNameError
 from registry.erased import read_erasures
-from registry.events import AcceptedCommit, InitCommit, Outcome, ReturnCommit, Standing
+from registry.events import AcceptedCommit, InitCommit, ReturnCommit
 from registry.fold import EditRow, split_occurrence
 from registry.inbox import drop_lines
+from registry.rows import Outcome, Standing
 from registry.stream import Stream
 
 

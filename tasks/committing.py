@@ -20,10 +20,11 @@ from errata.rounds import Prepared, PreparedRecord, Round
 from errata.settings import Settings
 from errata.summary import BatchSummary
 from registry.commit import commit
-from registry.events import BatchRow, Commit, EditsCommit, FileUse, MergeCommit, Outcome, RejectionCommit, Standing
+from registry.events import Commit, EditsCommit, MergeCommit, RejectionCommit
 from registry.fold import EditRow, join_lines, split_occurrence
 from registry.orders import Order
 from registry.prepared import forget_pairs
+from registry.rows import BatchRow, FileUse, Outcome, Standing
 from registry.setbacks import forget_setbacks
 from registry.stream import Stream
 from tasks._session import load_model, open_named

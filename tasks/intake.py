@@ -8,10 +8,10 @@ from errata.edits import Refusal, Submission
 from errata.gate import digest_judgement
 from errata.intake import Intake
 from errata.settings import Settings
-from registry.events import BatchRow, FileUse, Outcome
 from registry.fold import join_lines
 from registry.inbox import InboxFile, read_waiting
 from registry.orders import Order, Planned, Source
+from registry.rows import BatchRow, FileUse, Outcome
 from registry.setbacks import note_setback, read_setbacks, set_aside
 from registry.stream import Stream
 from registry.undoing import find_gone, submit_gone

@@ -22,10 +22,11 @@ from errata.report import Diagnosis, Report
 from errata.rounds import Prepared, PreparedRecord, Round
 from errata.settings import Settings
 from errata.summary import RebaseSummary
-from registry.events import Commit, Outcome, RebaseCommit, RejectionCommit
+from registry.events import Commit, RebaseCommit, RejectionCommit
 from registry.fold import split_occurrence
 from registry.orders import Held, RebaseOrder
 from registry.prepared import forget_pairs, recall_pairs
+from registry.rows import Outcome
 from registry.stream import Stream
 from tasks._progress import show_progress
 from tasks._session import Model, load_model, load_named, open_named, plan_model

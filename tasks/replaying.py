@@ -26,7 +26,6 @@ from registry.events import (
     ErasureCommit,
     InitCommit,
     MergeCommit,
-    Outcome,
     RebaseCommit,
     RebuildCommit,
     ReturnCommit,
@@ -35,6 +34,7 @@ from registry.events import (
 )
 from registry.fold import Head, split_occurrence
 from registry.history import History, is_accepted, list_named, open_history
+from registry.rows import Outcome
 from registry.stream import open_stream
 from tasks._progress import show_progress
 from tasks._session import load_named

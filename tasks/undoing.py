@@ -14,10 +14,11 @@ from errata.report import Report
 from errata.rounds import Round
 from errata.settings import Settings
 from errata.summary import RollbackSummary, WithdrawalSummary
-from registry.events import Commit, Outcome, RejectionCommit, ReturnCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
+from registry.events import Commit, RejectionCommit, ReturnCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
 from registry.keeping import open_archived
 from registry.orders import WithdrawalOrder
 from registry.prepared import forget_pairs
+from registry.rows import Outcome
 from registry.stream import Stream
 from registry.undoing import choose_live, choose_target, compare_live
 from tasks._session import load_model, open_named, read_manifest

@@ -14,8 +14,9 @@ from errata.edits import Edit, canonical_json, digest_of
 from errata.errors import ErrataError, FormatError, InputError, ObjectCorruptError, StorageError
 from registry.bundle import write_bundle
 from registry.commit import commit
-from registry.events import BatchRow, EditsCommit, FileUse, InitCommit, Outcome
+from registry.events import EditsCommit, InitCommit
 from registry.history import open_history
+from registry.rows import BatchRow, FileUse, Outcome
 from registry.shared import BaseRef, fetch_base, get_moments, get_profile, put_base, put_moments, put_profile
 from registry.storage.base import Storage
 from registry.storage.memory import MemoryStorage

@@ -21,10 +21,10 @@ from benchmarks.tiny_base import LENIENT, start_root
 from errata.edits import Edit
 from errata.manifests import Manifest
 from errata.summary import BatchSummary, RollbackSummary, WithdrawalSummary
-from registry.events import Outcome
 from registry.inbox import drop_file, list_waiting
 from registry.models import ModelRegistry
 from registry.release import Version, resolve_tracking
+from registry.rows import Outcome
 from registry.stream import Stream, open_stream
 
 

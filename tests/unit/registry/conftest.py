@@ -9,19 +9,9 @@ from typing import Any
 import pytest
 
 from errata.edits import Edit
-from registry.events import (
-    BatchRow,
-    Commit,
-    EditsCommit,
-    FileUse,
-    InitCommit,
-    Outcome,
-    RebaseCommit,
-    RejectionCommit,
-    RollbackCommit,
-    WithdrawalCommit,
-)
+from registry.events import Commit, EditsCommit, InitCommit, RebaseCommit, RejectionCommit, RollbackCommit, WithdrawalCommit
 from registry.fold import ASIDE, Changes, EditRow, Head, merge_use, move_row, settle_row, settles
+from registry.rows import BatchRow, FileUse, Outcome
 from registry.storage.base import Storage
 from registry.storage.memory import MemoryStorage
 from registry.stream import Stream, create_stream

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from errata.errors import FormatError
 from registry.commit import commit
-from registry.events import FileUse
 from registry.fold import EditRow, derive_changes, join_lines, merge_use
+from registry.rows import FileUse
 from registry.storage.memory import MemoryStorage
 from registry.stream import Stream
 

@@ -9,8 +9,9 @@ import pytest
 from errata.errors import FormatError, InputError, StorageError
 from registry.checkpoints import _parse
 from registry.commit import commit
-from registry.events import Outcome, RollbackCommit, WithdrawalCommit, read_commit, write_commit
+from registry.events import RollbackCommit, WithdrawalCommit, read_commit, write_commit
 from registry.fold import EditRow, derive_changes
+from registry.rows import Outcome
 from registry.stream import Stream
 from registry.undoing import choose_live, choose_target, compare_live, find_gone
 
