@@ -187,7 +187,7 @@ def build_candidate(
     if len(stored.pairs_since) >= snapshot_every:
         stored = take_snapshot(stored, store_state(blobs, merged.state, there), merged.state.parts)
     built = layer.model_copy(update={**store_artifact(blobs, artifact, there), "state": stored})
-    manifest = head.model_copy(update={"layers": (built,), "recipe": merged.recipe})
+    manifest = head.model_copy(update={"layers": (built, *head.above), "recipe": merged.recipe})
     return Candidate(manifest, _measure_fits(editor, merged.state, merged.added))
 
 

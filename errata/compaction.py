@@ -11,7 +11,7 @@ from typing import Any
 from errata.candidates import load_state, restart_state, store_restart
 from errata.editors.base import Blobs, Editor
 from errata.exactness import measure_gap
-from errata.manifests import Manifest, PairRef
+from errata.manifests import Manifest, PairRef, replace_bottom
 
 
 @dataclass(frozen=True)
@@ -42,4 +42,4 @@ def compact_state(blobs: Blobs, editor: Editor[Any], head: Manifest, live: Seque
     del before
     made = restart_state(blobs, editor, head.base, head.profile, live)
     gap = measure_gap(editor.solve_exact(made.state), wanted) if made.state.count == count else float("inf")
-    return Compaction(store_restart(blobs, editor, head.base, head.profile, made), gap, uncovered)
+    return Compaction(replace_bottom(head, store_restart(blobs, editor, head.base, head.profile, made)), gap, uncovered)

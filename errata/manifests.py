@@ -90,6 +90,15 @@ class Manifest(_Record):
         return digest_of(self.to_bytes())
 
     @property
+    def above(self) -> tuple[Layer, ...]:
+        """Layers on top of the editor's: an adapter, a memory. They follow from no pairs."""
+        return self.layers[1:]
+
+    def find_above(self, editor: str) -> Layer | None:
+        """The layer above that is of this kind."""
+        return next((layer for layer in self.above if layer.editor == editor), None)
+
+    @property
     def artifacts(self) -> list[str]:
         """Digests to attach, in order of application."""
         return [layer.artifact for layer in self.layers if layer.artifact]
@@ -101,6 +110,11 @@ class Manifest(_Record):
             return cls.model_validate_json(data)
         except ValueError as error:
             raise FormatError(f"manifest cannot be read; written by a newer Errata? {error}") from None
+
+
+def replace_bottom(head: Manifest, restarted: Manifest) -> Manifest:
+    """A restarted manifest with the layers that stand above the head's editor."""
+    return restarted.model_copy(update={"layers": (*restarted.layers, *head.above)})
 
 
 def _omit(content: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from errata.edits import digest_of, digest_written
 from errata.errors import BaseMismatchError, EditorError, KeyMissingError, ObjectCorruptError
 from errata.exactness import RELATIVE, measure_gap
 from errata.findings import Finding, FindingState, describe_fault, find_fault
-from errata.manifests import Layer, Manifest
+from errata.manifests import Layer, Manifest, replace_bottom
 from errata.steps import Entry, Point, Remade, Site, Step, list_named
 
 ROUNDING = 2.0**-23
@@ -133,8 +133,6 @@ class Replay:
                 said = describe_fault(finding.detail.partition(";")[0], "replaced")
                 self.findings[index] = finding.model_copy(update={"state": "replaced", "detail": said})
 
-    # To the state after a commit
-
     def _begin(self) -> Point:
         site = self._sites[0]
         first = start_manifest(site.editor, site.base, site.profile)
@@ -216,8 +214,6 @@ class Replay:
         self._snapshots.add(entry.seq)
         return Point(self.editor.load_state(self.blobs.fetch(snapshot), self.blobs.get), stored.recipe, stored)
 
-    # What is stored, and whether it is the same
-
     def _find_manifest(
         self, entry: Entry, before: Point | None, reached: Point | None, changes: bytes | None, step: Step | None
     ) -> Manifest | None:
@@ -243,17 +239,18 @@ class Replay:
             yield start_manifest(self.editor, self.base, self.profile)
         if step is not None and step.fresh:
             yield self._spell_restart(reached, 0)
+            yield from [replace_bottom(before.manifest, self._spell_restart(reached, 0))] if before and before.manifest else []
         if before is None or before.manifest is None:
             return
         if step is not None and step.adopts:
-            yield self._spell_restart(reached, before.manifest.layers[0].state.operations)
+            yield replace_bottom(before.manifest, self._spell_restart(reached, before.manifest.layers[0].state.operations))
         if changes is None:
             return
         layer = before.manifest.layers[0]
         weights, since = name_artifact(self.editor.solve(reached.state)), extend_state(layer.state, changes)
         for state in (since, take_snapshot(since, digest_written(reached.state.write), reached.state.parts)):
             built = layer.model_copy(update={**weights, "state": state})
-            yield before.manifest.model_copy(update={"layers": (built,), "recipe": reached.recipe})
+            yield before.manifest.model_copy(update={"layers": (built, *before.manifest.above), "recipe": reached.recipe})
 
     def _spell_restart(self, reached: Point, operations: int) -> Manifest:
         weights = name_artifact(self.editor.solve(reached.state))
@@ -287,6 +284,8 @@ class Replay:
         elif changes is not None and layer.state.snapshot is None:
             self._note(seq, "manifest", "differs", "expected a state, found none", entry.manifest)
         self._compare_weights(seq, layer, reached, solve)
+        for digest in (name for above in stored.above for name in above.stored):  # they follow from no pairs
+            self._check(seq, "artifact", digest, None)
         if layer.state.snapshot is None or layer.state.pairs_since:
             return reached
         self._check(seq, "snapshot", layer.state.snapshot, reached.state.to_bytes())
@@ -350,7 +349,8 @@ class Replay:
         if stored is None or {*layer.state_stored} & gone:
             changed["state"] = take_snapshot(layer.state, store_state(self.blobs, reached.state), reached.state.parts)
         built = layer.model_copy(update=changed)
-        manifest = Manifest(base=self.base, profile=self.profile, layers=(built,), recipe=reached.recipe)
+        layers = (built, *(stored.above if stored else ()))
+        manifest = Manifest(base=self.base, profile=self.profile, layers=layers, recipe=reached.recipe)
         return Remade(self.blobs.put(manifest.to_bytes()), frozenset(gone))
 
     def _check_parts(self, seq: int, what: str, stored: Sequence[str], made: Parts) -> None:

@@ -39,13 +39,15 @@ class Round(_Record):
     placed: dict[str, PairRef] = {}
     """Edit id → the pair it has in this candidate, for its own edits and for older ones whose key group changed."""
     older: dict[str, PairRef] = {}
-    """Older occurrence that leaves or gets another pair → the pair it has at the head."""
+    """Older occurrence that leaves or gets another pair → the pair it has at the head; left out where it has none."""
     losses: dict[str, float | None] = {}
     """Edit id → nats per token of its target that are left at z; None for a pair of another stream."""
     fits: dict[str, float]
     """Edit id → ρ, the fraction of its residual that the solve realises."""
     report: str | None = None
     decision: Decision | None = None
+    told: tuple[str, ...] = ()
+    """What happens to the layers above, where something does."""
     live: str | None = None
     """Digest of the list of pairs that were summed from nothing, where that was not what was asked for."""
     seconds: dict[str, float] = {}

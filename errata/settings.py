@@ -105,6 +105,23 @@ class WatchSettings(_Section):
     """A notification is not repeated for the same stream within this time."""
 
 
+class MemorySettings(_Section):
+    """What answers before it is written into the model: `errata remember`."""
+
+    holds: Literal["pending", "all"] = "pending"
+    """`pending`: live edits that are neither in the weights nor in the adapter. `all`: the others, too, so that memory answers first."""
+    scope: Literal["guarded", "paper"] = "guarded"
+    """`guarded`: a question that names a subject is answered from memory where it is also similar enough to the fact. `paper`: always."""
+    floor: float | None = Field(default=None, ge=-1, le=1)
+    """Least similarity under `guarded`. None: as measured for the default encoder."""
+    demonstrations: int = Field(default=12, ge=0, le=64)
+    """Most other facts that are shown before a question."""
+    pool: Path | None = None
+    """File of training edits that they are chosen from. None: the stream's own live edits."""
+    encoder: str = "all-MiniLM-L6-v2"
+    """Sentence encoder: that one comes from its package; else a folder, or a name of the Hugging Face hub."""
+
+
 class ComputeSettings(_Section):
     """Where the work goes that can be cut into independent parts: second moments, and the targets of big batches."""
 
@@ -156,6 +173,7 @@ class Settings(BaseSettings):
     keep: KeepSettings = KeepSettings()
     gc: GcSettings = GcSettings()
     compute: ComputeSettings = ComputeSettings()
+    memory: MemorySettings = MemorySettings()
     mlflow: MlflowSettings = MlflowSettings()
     policy: PolicySettings = PolicySettings()
     watch: WatchSettings = WatchSettings()

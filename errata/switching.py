@@ -9,7 +9,7 @@ from errata.editors.artifacts import Artifact
 from errata.editors.base import Editor, Pairs, Progress
 from errata.editors.neurons import NeuronPatch
 from errata.edits import Edit
-from errata.evaluation.scoring import encode_question, score_rows, score_targets, split_by_tokens
+from errata.evaluation.scoring import encode_questions, score_rows, score_targets, split_by_tokens
 from errata.modeling.beside import respond_beside
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
@@ -78,7 +78,7 @@ def switch_off(
 def _silence(base: Base, patch: NeuronPatch, asked: Sequence[tuple[tuple[str, ...], Edit]], batch_tokens: int) -> Iterator[_Ids]:
     """What is predicted of each edit without the neurons of its owners, in order."""
     neurons = patch.place_on(base.device)
-    rows = [encode_question(base, (edit.rewrite_prompt, edit.target_new)) for _, edit in asked]
+    rows = encode_questions(base, [(edit.rewrite_prompt, edit.target_new) for _, edit in asked])
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     found: dict[int, _Ids] = {}
     for span in split_by_tokens([len(rows[index][0]) for index in order], batch_tokens):

@@ -21,8 +21,8 @@ from registry.rows import BatchRow, Outcome, Standing
 from registry.stream import Stream
 
 BLANK = "[erased]"
-_KEEPING = frozenset(["ireva"])
-"""Editors whose versions keep keys of edits that were withdrawn. Of all others no artifact is read, large as they are."""
+_KEEPING = frozenset(["ireva", "mike"])
+"""Layers whose versions keep something of edits that were withdrawn: keys of neurons, facts in blocks. Of all others no artifact is read, large as they are."""
 _WEIGHTS = ("d4s_state", "weight_delta", "neuron_state", "neuron_patch")
 """Kinds of objects that are made with edits, and again without them."""
 _SHORTEST = 3

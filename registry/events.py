@@ -103,6 +103,16 @@ class EditsCommit(_CommitBase):
     manifest: Digest
 
 
+class MemoryCommit(_CommitBase):
+    """A batch answers from memory from here on: its edits are live and have no pairs, and no weight was written for them. Pairs of what
+    they replace are subtracted."""
+
+    kind: Literal["memory"] = "memory"
+    batch: Digest
+    outcomes: Digest
+    manifest: Digest
+
+
 class WithdrawalCommit(_CommitBase):
     """Live edits were taken back: their pairs are subtracted, the manifest is new. The outcomes name them."""
 
@@ -188,6 +198,16 @@ class CalibrationCommit(_Naming):
     manifest: Digest
 
 
+class DistillationCommit(_Naming):
+    """Live edits were distilled into an adapter on the state of the newest accepted commit, which stays as it is beneath."""
+
+    kind: Literal["distillation"] = "distillation"
+    absorbed: int = Field(ge=1)
+    """Live edits that the adapter has taken in; it names them itself."""
+    outcomes: None = None
+    manifest: Digest
+
+
 class MergeCommit(_CommitBase):
     """The live edits of another stream of this root became edits of this one; the batch holds them in their order of arrival there."""
 
@@ -231,8 +251,8 @@ class RejectionCommit(_CommitBase):
 
 
 SummingCommit = CompactionCommit | CalibrationCommit  # may name all live pairs
-_Changing = EditsCommit | WithdrawalCommit | MergeCommit | RebaseCommit | ErasureCommit
-AcceptedCommit = _Changing | RollbackCommit | RefusalCommit | RebuildCommit | SummingCommit
+_Changing = EditsCommit | MemoryCommit | WithdrawalCommit | MergeCommit | RebaseCommit | ErasureCommit
+AcceptedCommit = _Changing | RollbackCommit | RefusalCommit | RebuildCommit | SummingCommit | DistillationCommit
 """Each of them is a version of the model."""
 Commit = InitCommit | AcceptedCommit | PromotionCommit | RejectionCommit
 _COMMIT: TypeAdapter[Commit] = TypeAdapter(Annotated[Commit, Field(discriminator="kind")])

@@ -19,6 +19,7 @@ from registry.events import (
     EditsCommit,
     ErasureCommit,
     InitCommit,
+    MemoryCommit,
     MergeCommit,
     PromotionCommit,
     RebaseCommit,
@@ -33,8 +34,8 @@ ASIDE: tuple[Status, ...] = ("superseded", "stale")
 JUDGED: tuple[Status, ...] = ("live", "quarantined", "rejected")
 HELD: tuple[Status, ...] = ("quarantined", "rejected")
 """Waiting for a decision; settled when a later occurrence of the same id is judged."""
-_WITH_BATCH = EditsCommit | MergeCommit | RejectionCommit
-_WITH_PAIRS = EditsCommit | WithdrawalCommit | MergeCommit | RebaseCommit | ErasureCommit
+_WITH_BATCH = EditsCommit | MemoryCommit | MergeCommit | RejectionCommit
+_WITH_PAIRS = EditsCommit | MemoryCommit | WithdrawalCommit | MergeCommit | RebaseCommit | ErasureCommit
 """Kinds that may name new pairs: of new edits, of key groups that lose a member, of another base."""
 _MOVES: dict[Status, tuple[type, ...]] = {
     "live": (*get_args(_WITH_PAIRS), ReturnCommit),
@@ -61,6 +62,7 @@ class EditRow(NamedTuple):
     batch: str
     """Digest of the batch object that holds the text, under `position`."""
     pairs: str | None
+    """None of a live edit that answers from memory: nothing is written into weights for it."""
     row: int | None
     by: str | None
     reason: str | None
@@ -78,6 +80,11 @@ class EditRow(NamedTuple):
     @property
     def key(self) -> tuple[str, int, int]:
         return self.id, self.seq, self.position
+
+
+def list_written(rows: Iterable[EditRow]) -> list[EditRow]:
+    """Of live edits, those that have a pair: the others answer from memory."""
+    return [row for row in rows if row.pairs is not None]
 
 
 class Move(NamedTuple):
@@ -157,7 +164,7 @@ def derive_changes(commit: Commit, batch: list[BatchRow], outcomes: list[Outcome
     judged = [row.id for row in added if row.status in JUDGED]
     if len(judged) != len(set(judged)):
         raise FormatError(f"commit {commit.seq}: expected one judged record per id, found more")
-    if not isinstance(commit, EditsCommit | MergeCommit) and any(row.status == "live" for row in added):
+    if not isinstance(commit, EditsCommit | MemoryCommit | MergeCommit) and any(row.status == "live" for row in added):
         raise FormatError(f"commit {commit.seq}: expected no live edits of kind {commit.kind}, found some")
     if not isinstance(commit, _WITH_BATCH) and (batch or commit.files):
         raise FormatError(f"commit {commit.seq}: expected no batch or files of kind {commit.kind}, found some")

@@ -15,7 +15,7 @@ from errata.errors import StorageError
 from registry.fold import ASIDE, HELD, Changes, EditRow, Head, choose_moved, merge_use, move_row, settle_row, settles
 from registry.rows import FileUse, Status
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _COLUMNS = ", ".join(f'"{name}"' for name in EditRow._fields)
 _SCHEMA = f"""
 CREATE TABLE edits ({_COLUMNS}, lot INTEGER, touched INTEGER, PRIMARY KEY (id, seq, position)) WITHOUT ROWID;
@@ -27,6 +27,7 @@ _INDEXES = {
     "live_by_slot": "(slot) WHERE status = 'live'",
     "live_by_subject": "(subject) WHERE status = 'live'",
     "live_by_lot": "(lot) WHERE status = 'live'",
+    "live_unwritten": "(seq, position) WHERE status = 'live' AND pairs IS NULL",
     "by_status": "(status, seq, position)",
     "by_touched": "(touched)",
 }
@@ -82,6 +83,11 @@ class Index:
     def find_subject(self, key: str) -> list[EditRow]:
         """The live edits of one subject by its `Edit.subject_key`, oldest first."""
         return self._all(f"{_SELECT} INDEXED BY live_by_subject WHERE status = 'live' AND subject = ? ORDER BY seq, position", key)
+
+    def find_unwritten(self) -> list[EditRow]:
+        """The live edits that have no pair and answer from memory, in order of arrival."""
+        where = "WHERE status = 'live' AND pairs IS NULL"
+        return self._all(f"{_SELECT} INDEXED BY live_unwritten {where} ORDER BY seq, position")
 
     def find_rows(self, *statuses: Status) -> Iterator[EditRow]:
         """All occurrences with one of the statuses, in order of arrival. Reads page by page, so commits may go on meanwhile."""

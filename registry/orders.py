@@ -1,6 +1,6 @@
 """Work orders: what is to be written or taken back, and on which head. Objects of the stream, so that stages pass their digest only."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -59,6 +59,8 @@ class Order(_Stored):
     """Digest of the settings it is judged under."""
     source: Source | None = None
     """None for the inbox."""
+    tier: Literal["memory", "weights"] = "weights"
+    """Where its edits go: they answer from memory, or are written into the model."""
 
 
 class WithdrawalOrder(_Stored):
@@ -69,11 +71,11 @@ class WithdrawalOrder(_Stored):
 
 
 class Held(_Record):
-    """A live edit and the pair it has."""
+    """A live edit and the pair it has; None of one that answers from memory."""
 
     occurrence: str
-    pairs: str
-    row: int
+    pairs: str | None
+    row: int | None
 
 
 class AdoptionOrder(_Stored):
@@ -82,6 +84,17 @@ class AdoptionOrder(_Stored):
     accepted: int
     """The commit whose state it is."""
     profile: str
+
+
+class DistillationOrder(_Stored):
+    """Live edits to distil into an adapter."""
+
+    accepted: int
+    """The commit whose state it stands on."""
+    live: tuple[str, ...]
+    """Occurrences, in order of arrival."""
+    start: str | None
+    """Digest of the adapter to go on from; None begins afresh."""
 
 
 class RebaseOrder(_Stored):

@@ -27,7 +27,8 @@ from errata.editors.kinds import load_artifact
 from errata.errors import BaseMismatchError, FormatError, InputError, ModelError, ObjectCorruptError
 from errata.modeling.loading import Base, load_base
 from errata.modeling.patch import attach
-from errata.modeling.tokens import encode_prompt, find_ends, find_pad, pad_rows
+from errata.modeling.queries import encode_queries
+from errata.modeling.tokens import find_ends, find_pad, pad_rows
 
 _BATCH_ROWS = 32
 
@@ -230,7 +231,7 @@ def _continue_prompts(
     if temperature < 0 or not 0 < top_p <= 1:
         raise InputError(f"expected temperature ≥ 0 and 0 < top_p ≤ 1, found {temperature} and {top_p}")
     warpers = LogitsProcessorList([_Sampler(temperature, top_p, seed)] if temperature > 0 else [])
-    rows = [encode_prompt(base.tokenizer, prompt)[-(base.context - max_new_tokens) :] for prompt in prompts]
+    rows = encode_queries(base, prompts, max_new_tokens)
     answers = [""] * len(rows)
     for indices in _batch(rows):
         ids, mask = pad_rows([rows[index] for index in indices], find_pad(base.tokenizer), "left", base.device)

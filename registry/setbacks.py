@@ -3,6 +3,7 @@
 setbacks/<digest of the file>/<n>.json     why the n-th try failed
 aside/<name>                               the file, as it came; numbered where another one of its name is there
 aside/<name>.report.json                   why it is there
+untaken/<digest of the file>-<judged under>   memory could not answer all of it; it waits for the next batch
 """
 
 import json
@@ -50,8 +51,23 @@ def read_setbacks(stream: Stream) -> dict[str, list[str]]:
 def forget_setbacks(stream: Stream, files: Iterable[str]) -> None:
     """Their edits were settled after all, or the files are set aside."""
     for digest in files:
-        for entry in list(stream.storage.list(stream.key(f"setbacks/{digest}/"))):
-            stream.storage.delete(entry.key)
+        for prefix in (f"setbacks/{digest}/", f"untaken/{digest}-"):
+            for entry in list(stream.storage.list(stream.key(prefix))):
+                stream.storage.delete(entry.key)
+
+
+def note_untaken(stream: Stream, files: Iterable[str], under: str) -> None:
+    """Note that memory cannot answer what is left of these files, judged under settings of this digest."""
+    for digest in files:
+        with suppress(KeyExistsError):
+            stream.storage.create(stream.key(f"untaken/{digest}-{under}"), b"")
+
+
+def read_untaken(stream: Stream, under: str) -> set[str]:
+    """Digests of such files."""
+    prefix, ending = stream.key("untaken/"), f"-{under}"
+    names = (entry.key.removeprefix(prefix) for entry in stream.storage.list(prefix))
+    return {name.removesuffix(ending) for name in names if name.endswith(ending)}
 
 
 def set_aside(stream: Stream, file: InboxFile, reasons: Iterable[str]) -> None:

@@ -9,16 +9,18 @@ import time
 from errata.candidates import adopt_state, load_artifacts, load_state, restart_state, store_restart
 from errata.errors import InputError
 from errata.gate import decide_whole
-from errata.manifests import Manifest, PairRef
+from errata.manifests import Manifest, replace_bottom
 from errata.profiles import require_same_pairs
 from errata.report import Report
 from errata.rounds import Round
 from errata.summary import AdoptionSummary
 from registry.events import CalibrationCommit, Commit, RejectionCommit
+from registry.fold import list_written
 from registry.orders import AdoptionOrder
 from tasks._session import load_model, load_named, open_named, read_manifest
 from tasks._task import stage
 from tasks.committing import commit_once, describe_writer, shorten_reasons
+from tasks.editing import refer
 from tasks.evaluating import measure_candidate
 from tasks.replaying import spell_live
 
@@ -56,9 +58,9 @@ def solve_anew(stream: str, order: str) -> Round:
     made = adopt_state(editor, head.base, work.profile, load_state(blobs, before, layer.state), head.recipe)
     operations, live = layer.state.operations, None
     if made is None:
-        refs = [PairRef(pairs=row.pairs or "", row=row.row or 0) for row in opened.index.find_rows("live")]
+        refs = [refer(row) for row in list_written(opened.index.find_rows("live"))]
         made, operations, live = restart_state(blobs, editor, head.base, work.profile, refs), 0, blobs.put(spell_live(refs))
-    manifest = store_restart(blobs, editor, head.base, work.profile, made, operations)
+    manifest = replace_bottom(head, store_restart(blobs, editor, head.base, work.profile, made, operations))
     return Round(rest=(), manifest=blobs.put(manifest.to_bytes()), fits={}, live=live, seconds={"solve": time.perf_counter() - begun})
 
 

@@ -20,16 +20,17 @@ from errata.rounds import Prepared, PreparedRecord, Round
 from errata.settings import Settings
 from errata.summary import BatchSummary
 from registry.commit import commit
-from registry.events import Commit, EditsCommit, MergeCommit, RejectionCommit
+from registry.events import Commit, EditsCommit, MemoryCommit, MergeCommit, RejectionCommit
 from registry.fold import EditRow, join_lines, split_occurrence
 from registry.orders import Order
 from registry.prepared import forget_pairs
 from registry.rows import BatchRow, FileUse, Outcome, Standing
-from registry.setbacks import forget_setbacks
+from registry.setbacks import forget_setbacks, note_untaken
 from registry.stream import Stream
 from tasks._session import load_model, open_named
 from tasks._task import stage
 from tasks.editing import digest_preparation
+from tasks.intake import digest_memory
 
 _LIBRARIES = ("errata", "torch", "transformers", "safetensors", "numpy")
 _RSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
@@ -41,7 +42,8 @@ _MAX_REASON = 400
 
 @stage
 def commit_batch(stream: str, order: str, prepared: Prepared, rounds: list[Round], dry_run: bool = False) -> BatchSummary:
-    """Make the batch a commit: accepted edits go live, the others get their outcome, deferred ones stay in the inbox.
+    """Make the batch a commit: accepted edits go live, the others get their outcome, deferred ones stay in the inbox. What memory cannot
+    answer stays there, too, and where nothing else is to be said nothing is committed.
 
     Raises:
         ConflictError: another writer committed since the order was made.
@@ -53,10 +55,16 @@ def commit_batch(stream: str, order: str, prepared: Prepared, rounds: list[Round
         for name, value in item.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + value
     draft, outcomes = draft_commit(settings, opened, work, record, rounds, {name: round(value, 3) for name, value in seconds.items()})
+    if work.tier == "memory" and not (outcomes or dry_run):
+        note_untaken(opened, [use.digest for use in work.files], digest_memory(settings, opened))
+        return summarise(opened, draft, outcomes, rounds, None)
     if not dry_run:
         commit_once(opened, draft)
         opened.remove_consumed(draft.files)
         forget_setbacks(opened, [use.digest for use in draft.files])
+        if work.tier == "memory":
+            left = {use.digest for use in draft.files if use.done}
+            note_untaken(opened, [use.digest for use in work.files if use.digest not in left], digest_memory(settings, opened))
         if record.pairs:
             forget_pairs(opened, digest_preparation(load_model(settings, opened), work.manifest), _list_settled(record, rounds))
     return summarise(opened, draft, outcomes, rounds, None if dry_run else draft.seq)
@@ -118,7 +126,9 @@ def draft_commit(
     decisions = [item.decision for item in rounds if item.decision]
     fates = settle(decisions) if decisions else {}
     fates |= {edit_id: Settled(outcome="rejected", reason=reason) for edit_id, reason in record.refused.items()}
-    deferred = {edit_id for edit_id, fate in fates.items() if fate.outcome == "deferred"}
+    # What memory cannot answer is not refused: the next batch writes it.
+    waits = ("deferred",) if order.tier == "weights" else ("deferred", "quarantined", "rejected")
+    deferred = {edit_id for edit_id, fate in fates.items() if fate.outcome in waits}
     planned = [item for item in order.additions if item.row.edit.edit_id not in deferred]
     rows = sorted([*order.rows, *(item.row for item in planned)], key=lambda row: row.position)
     last = rounds[-1] if rounds else None
@@ -139,13 +149,15 @@ def draft_commit(
         "report": last.report if last else None,
         "files": tuple(_keep_waiting(order.files, waiting)),
         "decision": decisions[-1].verdict if decisions else "nothing to write",
-        "reasons": shorten_reasons([reason for item in decisions for reason in item.reasons]),
+        "reasons": shorten_reasons([*(last.told if last and accepted else ()), *(reason for item in decisions for reason in item.reasons)]),
         "seconds": seconds,
         **describe_writer(settings),
     }
     if accepted and last is not None:
         pairs = tuple(dict.fromkeys(ref.pairs for ref in placed.values()))
         fields |= {"manifest": last.manifest, "pairs": pairs, "promoted": settings.policy.promote == "auto"}
+        if order.tier == "memory":
+            return MemoryCommit(**fields), outcomes
         if order.source is None:
             return EditsCommit(**fields), outcomes
         return MergeCommit(source=order.source.stream, source_seq=order.source.seq, **fields), outcomes
@@ -178,9 +190,9 @@ def move_pairs(placed: Mapping[str, PairRef], older: Mapping[str, PairRef]) -> l
     ]
 
 
-def describe_live(ref: PairRef) -> Standing:
-    """How a live edit with this pair stands."""
-    return Standing(status="live", pairs=ref.pairs, row=ref.row)
+def describe_live(ref: PairRef | None) -> Standing:
+    """How a live edit with this pair stands; None where it answers from memory."""
+    return Standing(status="live", pairs=ref.pairs if ref else None, row=ref.row if ref else None)
 
 
 def _conclude(
@@ -196,10 +208,10 @@ def _conclude(
             **place,
         )
         return
-    ref = placed[row.edit.edit_id]
-    yield Outcome(outcome="live", occurrence=row.occurrence, pairs=ref.pairs, row=ref.row, **place)
+    ref = placed.get(row.edit.edit_id)  # None: it answers from memory
+    yield Outcome(outcome="live", occurrence=row.occurrence, pairs=ref.pairs if ref else None, row=ref.row if ref else None, **place)
     for occurrence in replaces:
-        yield Outcome(outcome="replaced", occurrence=occurrence, by=row.occurrence, before=describe_live(older[occurrence]))
+        yield Outcome(outcome="replaced", occurrence=occurrence, by=row.occurrence, before=describe_live(older.get(occurrence)))
 
 
 def _move_once(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from errata.compaction import compact_state
 from errata.errors import ConflictError, KeyMissingError, ObjectCorruptError
 from errata.exactness import RELATIVE
-from errata.manifests import PairRef, sort_refs
+from errata.manifests import sort_refs
 from errata.settings import Settings
 from errata.summary import CompactionSummary
 from registry.events import CompactionCommit
+from registry.fold import list_written
 from registry.stream import Stream
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
 from tasks.committing import commit_once, describe_writer
+from tasks.editing import refer
 from tasks.replaying import spell_live
 
 _TOLD = 5
@@ -54,7 +56,7 @@ def compact_stream(settings: Settings, stream: Stream, *, dry_run: bool) -> Comp
     begun, head = time.perf_counter(), stream.head
     manifest = read_manifest(stream, head.manifest)
     # Edits of one subject may share a pair.
-    live = [PairRef(pairs=row.pairs or "", row=row.row or 0) for row in stream.index.find_rows("live")]
+    live = [refer(row) for row in list_written(stream.index.find_rows("live"))]
     refs = sort_refs(live)
 
     def conclude(decision: str, commit: int | None = None, gap: float | None = None, reasons: Sequence[str] = ()) -> CompactionSummary:

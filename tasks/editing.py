@@ -22,7 +22,7 @@ from errata.grouping import Placed, Regrouping, regroup
 from errata.manifests import PairRef
 from errata.rounds import Prepared, PreparedRecord, Round
 from errata.settings import load_settings
-from registry.fold import EditRow
+from registry.fold import EditRow, list_written
 from registry.orders import Order, Planned
 from registry.prepared import recall_pairs, remember_pairs
 from registry.stream import Stream
@@ -30,6 +30,7 @@ from tasks._progress import show_progress
 from tasks._session import Model, load_model, load_named, open_named, read_manifest
 from tasks._spreading import spread
 from tasks._task import stage, tell_run
+from tasks._tiers import Coming, carry_above
 
 _OVERSHOOT = 1.3
 
@@ -39,9 +40,9 @@ def prepare_pairs(stream: str, order: str) -> Prepared:
     """Keys and residuals of the order's edits and of their key groups, stored. Pairs of an interrupted run are used again."""
     settings, opened = open_named(stream)
     work = Order.load(opened.objects, order)
-    ids = [planned.row.edit.edit_id for planned in work.additions]
-    if not ids:
-        return Prepared(record=opened.objects.put(canonical_json(PreparedRecord(pairs={}, refused={}))), ready=(), seconds=0)
+    ids = tuple(planned.row.edit.edit_id for planned in work.additions)
+    if not ids or work.tier == "memory":
+        return Prepared(record=opened.objects.put(canonical_json(PreparedRecord(pairs={}, refused={}))), ready=ids, seconds=0)
     begun = time.perf_counter()
     model = load_model(settings, opened)
     changed = plan_changes(opened, model, [item.row.edit for item in work.additions], find_replaced(opened, work.additions))
@@ -54,7 +55,8 @@ def prepare_pairs(stream: str, order: str) -> Prepared:
 
 @stage
 def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]) -> Round:
-    """The head's state with the pairs of the edits in `rest`, solved: a candidate that nothing points to yet.
+    """The head's state with the pairs of the edits in `rest`, solved: a candidate that nothing points to yet. What goes to memory has no
+    pairs; those of what it replaces are subtracted.
 
     Key groups that have lost an edit since they were prepared get another pair, which is prepared here.
     """
@@ -63,25 +65,29 @@ def merge_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]
     begun = time.perf_counter()
     work, record = Order.load(opened.objects, order), PreparedRecord.model_validate_json(opened.objects.get(prepared.record))
     planned = [item for item in work.additions if item.row.edit.edit_id in set(rest)]
-    leaving = find_replaced(opened, planned)
-    changed = plan_changes(opened, model, [item.row.edit for item in planned], leaving)
+    leaving, head = find_replaced(opened, planned), read_manifest(opened, work.manifest)
+    writes = work.tier == "weights"
+    changed = plan_changes(opened, model, [item.row.edit for item in planned] if writes else [], leaving)
     _, made = prepare_regrouped(opened, model, changed, record.pairs, work.manifest)
     candidate = build_candidate(
         opened.objects,
         model.editor,
-        read_manifest(opened, work.manifest),
+        head,
         add=list(dict.fromkeys(made.refs[edit.edit_id] for edit in changed.edits)),
         remove=changed.remove,
         snapshot_every=settings.apply.snapshot_every,
     )
     warn_of_overshoot(candidate.fits)
+    come = [Coming(item.row.occurrence, item.row.edit, written=writes) for item in planned]
+    above = carry_above(settings, opened, head, come, leaving)
     return Round(
         rest=tuple(rest),
-        manifest=opened.objects.put(candidate.manifest.to_bytes()),
+        manifest=opened.objects.put(above.crown(candidate.manifest).to_bytes()),
         placed={edit.edit_id: made.refs[edit.edit_id] for edit in changed.edits},
         older=find_older(opened, leaving, changed, rest),
-        losses=dict(made.losses),
+        losses={**dict.fromkeys(rest), **made.losses},
         fits=dict(candidate.fits),
+        told=above.told,
         seconds={"merge": time.perf_counter() - begun},
     )
 
@@ -100,9 +106,10 @@ def find_replaced(stream: Stream, planned: Sequence[Planned]) -> list[EditRow]:
 
 
 def find_older(stream: Stream, leaving: Sequence[EditRow], changed: Regrouping, own: Collection[str]) -> dict[str, PairRef]:
-    """Older occurrences that leave, or get another pair, with the pairs that they have; `own` are the ids of edits that come."""
+    """Older occurrences that leave, or get another pair, with the pairs that they have, where they have any; `own` are the ids of edits
+    that come."""
     moved = [stream.resolve_edit(edit.edit_id) for edit in changed.edits if edit.edit_id not in own]
-    return {row.occurrence: refer(row) for row in (*leaving, *moved)}
+    return {row.occurrence: refer(row) for row in list_written((*leaving, *moved))}
 
 
 def plan_changes(stream: Stream, model: Model, coming: Sequence[Edit], leaving: Sequence[EditRow]) -> Regrouping:
@@ -113,8 +120,8 @@ def plan_changes(stream: Stream, model: Model, coming: Sequence[Edit], leaving: 
     gone = {row.occurrence for row in leaving}
     subjects = dict.fromkeys((*(edit.subject_key for edit in coming), *(row.subject for row in leaving)))
     rows = [row for key in subjects for row in stream.index.find_subject(key) if row.occurrence not in gone]
-    staying = [Placed(stream.read_record(row).edit, refer(row)) for row in rows]
-    return regroup(model.editor, model.base, coming, staying, map(refer, leaving))
+    staying = [Placed(stream.read_record(row).edit, refer(row)) for row in list_written(rows)]
+    return regroup(model.editor, model.base, coming, staying, map(refer, list_written(leaving)))
 
 
 def prepare_regrouped(
@@ -198,7 +205,7 @@ def _spread_chunks(
 
 
 def refer(row: EditRow) -> PairRef:
-    """Where the pair of a live edit lies."""
+    """Where the pair of a live edit lies that has one."""
     assert row.pairs is not None and row.row is not None, f"{row.occurrence} is live and has no pair"
     return PairRef(pairs=row.pairs, row=row.row)
 

@@ -10,7 +10,7 @@ from errata.editors.base import Pairs
 from errata.edits import Submission
 from errata.errors import ErasedError, InputError, StorageError
 from errata.exactness import RELATIVE, measure_gap
-from errata.manifests import Layer, Manifest, PairRef, StateRef
+from errata.manifests import Layer, Manifest, StateRef
 from errata.readers.files import read_lines
 from errata.settings import Settings
 from errata.summary import ErasureSummary
@@ -18,11 +18,14 @@ from registry.commit import commit
 from registry.erased import announce, read_erasures
 from registry.erasure import Wanted, choose_erasable, draft_tombstones, find_remains, plan_erasure, survey_log
 from registry.events import ErasureCommit
+from registry.fold import list_written
 from registry.storage.base import read_clock
 from registry.stream import Stream
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
+from tasks._tiers import forget_erased
 from tasks.committing import describe_writer
+from tasks.editing import refer
 from tasks.projecting import open_registry
 
 
@@ -41,8 +44,8 @@ def erase(stream: str, edits: list[str], reason: str) -> ErasureSummary:
     if wanted.quotes(reason):
         raise InputError("erase: expected a reason that does not quote what is erased: commits are never rewritten")
     manifest, gap = restate_head(settings, opened, wanted.ids)
-    layer = manifest.layers[0]
-    record = plan_erasure(opened, survey, [*layer.stored, *layer.state_stored], erase_rows, find_lines)
+    kept = [name for layer in manifest.layers for name in (*layer.stored, *layer.state_stored)]
+    record = plan_erasure(opened, survey, kept, erase_rows, find_lines)
     said = f"commit {record.seq}: {reason}" if reason else f"commit {record.seq}"
     outcomes = draft_tombstones(opened, wanted.ids, said)
     if not (outcomes or record.objects or record.inbox):
@@ -92,8 +95,7 @@ def restate_head(settings: Settings, stream: Stream, ids: frozenset[str]) -> tup
     """
     model, head = load_model(settings, stream), read_manifest(stream, stream.head.manifest)
     editor, layer = model.editor, head.layers[0]
-    places = dict.fromkeys((row.pairs, row.row) for row in stream.index.find_rows("live"))
-    pairs = read_pairs(stream.objects, [PairRef(pairs=pairs or "", row=row or 0) for pairs, row in places])
+    pairs = read_pairs(stream.objects, list(dict.fromkeys(refer(row) for row in list_written(stream.index.find_rows("live")))))
     if shared := sorted({owner for owners in (pairs.owners if pairs else ()) if ids & set(owners) for owner in owners} - ids):
         raise InputError(
             f"erase: expected no live edit that shares a pair with what is erased, found {', '.join(shared)}: withdraw it, too"
@@ -112,7 +114,7 @@ def restate_head(settings: Settings, stream: Stream, ids: frozenset[str]) -> tup
         state=take_snapshot(StateRef(), store_state(stream.objects, state), state.parts),
         **store_artifact(stream.objects, editor.solve(state)),
     )
-    return head.model_copy(update={"layers": (built, *head.layers[1:])}), gap
+    return forget_erased(settings, stream, head, ids).crown(head.model_copy(update={"layers": (built,)})), gap
 
 
 def erase_rows(data: bytes, ids: frozenset[str]) -> bytes | None:

@@ -16,7 +16,7 @@ from errata.evaluation.answered import find_answered
 from errata.footprint import Estimate
 from errata.gate import decide, digest_judgement
 from errata.grouping import Regrouping, regroup
-from errata.manifests import Manifest, PairRef
+from errata.manifests import Manifest
 from errata.plan import count_weights
 from errata.report import Diagnosis, Report
 from errata.rounds import Prepared, PreparedRecord, Round
@@ -26,12 +26,13 @@ from registry.events import Commit, RebaseCommit, RejectionCommit
 from registry.fold import split_occurrence
 from registry.orders import Held, RebaseOrder
 from registry.prepared import forget_pairs, recall_pairs
-from registry.rows import Outcome
+from registry.rows import Outcome, Standing
 from registry.stream import Stream
 from tasks._progress import show_progress
-from tasks._session import Model, load_model, load_named, open_named, plan_model
+from tasks._session import Model, load_model, load_named, open_named, plan_model, read_manifest
 from tasks._task import stage
-from tasks.committing import commit_once, describe_live, describe_writer, shorten_reasons
+from tasks._tiers import Coming, move_above
+from tasks.committing import commit_once, describe_writer, shorten_reasons
 from tasks.editing import digest_preparation, prepare_regrouped, warn_of_overshoot
 from tasks.evaluating import measure_candidate
 
@@ -88,12 +89,17 @@ def sum_pairs(stream: str, order: str, prepared: Prepared, rest: Sequence[str]) 
     model, refs = work.model, list(dict.fromkeys(places.values()))
     candidate = build_anew(opened.objects, model.editor, work.order.base, work.order.profile, refs)
     warn_of_overshoot(candidate.fits)
+    leaving = [opened.resolve_edit(held.occurrence) for held in work.order.live]
+    names = {row.id: row.occurrence for row in leaving}
+    come = [Coming(names[edit.edit_id], edit, written=True) for edit in work.edits if edit.edit_id in chosen]
+    above = move_above(settings, opened, read_manifest(opened, work.order.manifest), work.order.base, come, leaving)
     return Round(
         rest=tuple(rest),
-        manifest=opened.objects.put(candidate.manifest.to_bytes()),
+        manifest=opened.objects.put(above.crown(candidate.manifest).to_bytes()),
         placed={edit_id: places[made.refs[edit_id]] for edit_id in rest},
         losses=dict(made.losses),
         fits=dict(candidate.fits),
+        told=above.told,
         seconds={"merge": time.perf_counter() - begun},
     )
 
@@ -151,7 +157,7 @@ def commit_rebase(stream: str, order: str, prepared: Prepared, rounds: Sequence[
         "outcomes": opened.objects.put_rows(outcome.model_dump(mode="json", exclude_none=True) for outcome in outcomes),
         "report": last.report,
         "decision": decisions[-1].verdict,
-        "reasons": shorten_reasons((*(() if accepted else (named,)), *decisions[-1].reasons)),
+        "reasons": shorten_reasons((*(last.told if accepted else (named,)), *decisions[-1].reasons)),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         **describe_writer(settings),
     }
@@ -240,7 +246,7 @@ def _draft_order(settings: Settings, stream: Stream, base: str, profile: str, dr
         base=base,
         profile=profile,
         editor=head.editors[0],
-        live=tuple(Held(occurrence=row.occurrence, pairs=row.pairs or "", row=row.row or 0) for row in rows),
+        live=tuple(Held(occurrence=row.occurrence, pairs=row.pairs, row=row.row) for row in rows),
         answered=tuple(row.occurrence for row in rows if row.id in answered),
         drop_answered=drop_answered,
     )
@@ -266,7 +272,7 @@ def _conclude(settings: Settings, work: RebaseOrder, last: Round, faults: Mappin
     dropped = set(work.answered) if work.drop_answered else set[str]()
     outcomes = []
     for held in work.live:
-        before = describe_live(PairRef(pairs=held.pairs, row=held.row))
+        before = Standing(status="live", pairs=held.pairs, row=held.row)
         edit_id, _ = split_occurrence(held.occurrence)
         if held.occurrence in dropped:
             outcomes.append(Outcome(outcome="withdrawn", occurrence=held.occurrence, reason=reason, before=before))

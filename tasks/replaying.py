@@ -21,18 +21,14 @@ from registry.erased import Erasure, finish_erasures, read_erasures
 from registry.events import (
     CalibrationCommit,
     Commit,
-    CompactionCommit,
-    EditsCommit,
+    DistillationCommit,
     ErasureCommit,
-    InitCommit,
-    MergeCommit,
     RebaseCommit,
     RebuildCommit,
     ReturnCommit,
     SummingCommit,
-    WithdrawalCommit,
 )
-from registry.fold import Head, split_occurrence
+from registry.fold import Head, list_written, split_occurrence
 from registry.history import History, is_accepted, list_named, open_history
 from registry.rows import Outcome
 from registry.stream import open_stream
@@ -171,10 +167,12 @@ def derive_step(history: History, commit: Commit) -> Step | None:
         outcomes = history.read_outcomes(commit)
         fresh = isinstance(commit, RebaseCommit)
         leaving = () if fresh else (outcome for outcome in outcomes if _leaves_pair(outcome, commit))
-        remove = dict.fromkeys(_find_left(history, outcome) for outcome in leaving)
+        left = (_find_left(history, outcome) for outcome in leaving)
+        remove = dict.fromkeys(ref for ref in left if ref is not None)
     except _LOST:
         return None
-    add = dict.fromkeys(PairRef(pairs=outcome.pairs or "", row=outcome.row or 0) for outcome in outcomes if outcome.outcome == "live")
+    come = (outcome for outcome in outcomes if outcome.outcome == "live" and outcome.pairs is not None)
+    add = dict.fromkeys(PairRef(pairs=outcome.pairs or "", row=outcome.row or 0) for outcome in come)
     return Step(remove=tuple(remove), add=tuple(add), fresh=fresh)
 
 
@@ -184,11 +182,11 @@ def _leaves_pair(outcome: Outcome, commit: Commit) -> bool:
     return older and outcome.outcome in ("replaced", "withdrawn", "live")
 
 
-def _find_left(history: History, outcome: Outcome) -> PairRef:
-    """The pair that an edit had before."""
+def _find_left(history: History, outcome: Outcome) -> PairRef | None:
+    """The pair that an edit had before; None of one that answered from memory."""
     before = outcome.before
-    if before is not None and before.pairs is not None and before.row is not None:
-        return PairRef(pairs=before.pairs, row=before.row)
+    if before is not None:
+        return PairRef(pairs=before.pairs, row=before.row) if before.pairs is not None and before.row is not None else None
     pairs, row = history.find_pair(outcome.occurrence or "")
     return PairRef(pairs=pairs, row=row)
 
@@ -202,7 +200,7 @@ def read_live(history: History, commit: SummingCommit) -> bytes | None:
         rows = history.list_live(commit.seq)
     except _LOST:
         return None
-    listed = spell_live([PairRef(pairs=row.pairs or "", row=row.row or 0) for row in rows])
+    listed = spell_live([PairRef(pairs=row.pairs or "", row=row.row or 0) for row in list_written(rows)])
     return listed if digest_of(listed) == commit.live else None
 
 
@@ -259,13 +257,14 @@ def _build_entry(commit: Commit, parent: int, site: Site | None) -> Entry:
     match commit:
         case ReturnCommit(target=target):
             return Entry(commit.seq, parent, manifest, restates=target, site=site)
+        case DistillationCommit():
+            return Entry(commit.seq, parent, manifest, restates=parent)
         case RebuildCommit(of=of):
             return Entry(commit.seq, parent, manifest, restates=of, rebuilt=True)
         case ErasureCommit():
             return Entry(commit.seq, parent, manifest, restates=parent)
-        case InitCommit() | EditsCommit() | WithdrawalCommit() | MergeCommit() | CompactionCommit() | CalibrationCommit() | RebaseCommit():
+        case _:
             return Entry(commit.seq, parent, manifest, site=site)
-    raise AssertionError(f"{commit.name} is no accepted commit")
 
 
 def _check_primary(history: History, commit: Commit, reported: set[str], *, mend: bool) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from errata.rounds import Round
 from errata.settings import Settings
 from errata.summary import RollbackSummary, WithdrawalSummary
 from registry.events import Commit, RejectionCommit, ReturnCommit, RollbackCommit, WithdrawalCommit, read_commit, write_commit
+from registry.fold import list_written
 from registry.keeping import open_archived
 from registry.orders import WithdrawalOrder
 from registry.prepared import forget_pairs
@@ -23,6 +24,7 @@ from registry.stream import Stream
 from registry.undoing import choose_live, choose_target, compare_live
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
+from tasks._tiers import carry_above
 from tasks.committing import commit_once, describe_live, describe_writer, move_pairs
 from tasks.editing import digest_preparation, find_older, plan_changes, prepare_regrouped, refer
 from tasks.evaluating import measure_candidate
@@ -64,14 +66,16 @@ def subtract_pairs(stream: str, order: str) -> Round:
             "; ".join(f"{edit_id}, which shares its pair with a withdrawn edit: {why}" for edit_id, why in made.refused.items())
         )
     head, every = read_manifest(opened, work.manifest), settings.apply.snapshot_every
+    above = carry_above(settings, opened, head, (), leaving)
     add = list(dict.fromkeys(made.refs[edit.edit_id] for edit in changed.edits))
     candidate = build_candidate(opened.objects, model.editor, head, add=add, remove=changed.remove, snapshot_every=every)
     return Round(
         rest=(),
-        manifest=opened.objects.put(candidate.manifest.to_bytes()),
+        manifest=opened.objects.put(above.crown(candidate.manifest).to_bytes()),
         placed=dict(made.refs),
         older=find_older(opened, leaving, changed, ()),
         fits=dict(candidate.fits),
+        told=above.told,
         seconds={"merge": time.perf_counter() - begun},
     )
 
@@ -98,7 +102,7 @@ def judge_withdrawal(stream: str, order: str, candidate: Round, check: bool) -> 
         measured = measure_consistency(model.base, artifacts, withdrawn, settings.evaluate)
         if check:
             staying = (row for row in opened.index.find_rows("live") if row.occurrence not in leaving)
-            live = dict.fromkeys(candidate.placed.get(row.id) or refer(row) for row in staying)
+            live = dict.fromkeys(candidate.placed.get(row.id) or refer(row) for row in list_written(staying))
             exactness = measure_exactness(opened.objects, model.editor, manifest, list(live))
             measured = measured.model_copy(update={"exactness": exactness})
     live_after = opened.index.counts().get("live", 0) - len(names)
@@ -123,7 +127,7 @@ def commit_withdrawal(stream: str, order: str, judged: Round, dry_run: bool = Fa
     reason = f"commit {work.seq}: {work.reason}" if work.reason else f"commit {work.seq}"
     outcomes: list[Outcome] = []
     if accepted:
-        befores = [(name, describe_live(judged.older[name])) for name in work.occurrences]
+        befores = [(name, describe_live(judged.older.get(name))) for name in work.occurrences]
         outcomes = [Outcome(outcome="withdrawn", occurrence=name, reason=reason, before=before) for name, before in befores]
         outcomes += move_pairs(judged.placed, judged.older)
     named = f"The withdrawal of {', '.join(work.occurrences[:10])}{' …' if len(work.occurrences) > 10 else ''} was refused."
@@ -133,7 +137,7 @@ def commit_withdrawal(stream: str, order: str, judged: Round, dry_run: bool = Fa
         "outcomes": _store_outcomes(opened, outcomes),
         "report": judged.report,
         "decision": decision.verdict,
-        "reasons": decision.reasons if accepted else (named, *decision.reasons),
+        "reasons": (*judged.told, *decision.reasons) if accepted else (named, *decision.reasons),
         "seconds": {name: round(value, 3) for name, value in judged.seconds.items()},
         **describe_writer(settings),
     }

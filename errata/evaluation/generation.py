@@ -12,7 +12,8 @@ import torch
 
 from errata.evaluation.scoring import Progress, split_by_tokens
 from errata.modeling.loading import Base
-from errata.modeling.tokens import encode_prompt, find_ends, find_pad, pad_rows
+from errata.modeling.queries import encode_queries
+from errata.modeling.tokens import find_ends, find_pad, pad_rows
 
 _SENTENCE_END = re.compile(r"""(\S+?)[.!?]+["'”’)\]]*(?=\s)""")
 _ABBREVIATIONS = frozenset(["st", "mr", "mrs", "ms", "dr", "jr", "sr", "mt", "vs", "prof", "gen", "col"])
@@ -32,7 +33,7 @@ class Continued(NamedTuple):
 @torch.inference_mode()
 def continue_prompt(base: Base, prompt: str, *, max_new_tokens: int) -> Continued:
     """The same answer as `generate_answers` gives, with its tokens."""
-    fed = _encode(base, prompt, max_new_tokens)
+    (fed,) = encode_queries(base, [prompt], max_new_tokens)
     ((answer, ids),) = _continue_rows(base, [fed], max_new_tokens)
     needed = (count for count in range(1, len(ids)) if len(_decode(base, ids[:count]).strip()) >= len(answer))
     return Continued(fed, answer, ids[: next(needed, len(ids))])
@@ -47,7 +48,7 @@ def generate_answers(
     Rows of similar length share a batch, padded on the left with masked positions; positions count from each row's first real token,
     so a row's answer does not depend on its neighbours beyond rounding. A prompt that leaves no room in the context loses its beginning.
     """
-    encoded = [_encode(base, prompt, max_new_tokens) for prompt in prompts]
+    encoded = encode_queries(base, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     answers = [""] * len(prompts)
     done = 0
@@ -92,11 +93,6 @@ def match_answer(answer: str, accepted: Sequence[str]) -> bool:
 
 def _normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).casefold().split()).lstrip("\"'“‘«([ ")
-
-
-def _encode(base: Base, prompt: str, max_new_tokens: int) -> list[int]:
-    """Ids of a prompt, without the beginning that leaves no room for the answer."""
-    return encode_prompt(base.tokenizer, prompt)[-max(base.context - max_new_tokens, 1) :]
 
 
 def _continue_rows(base: Base, rows: Sequence[list[int]], max_new_tokens: int) -> list[tuple[str, list[int]]]:

@@ -7,7 +7,8 @@ import torch
 
 from errata.modeling.beside import predict_at
 from errata.modeling.loading import Base
-from errata.modeling.tokens import encode_prompt, encode_target, find_pad, pad_rows
+from errata.modeling.queries import encode_queries
+from errata.modeling.tokens import encode_target, find_pad, pad_rows
 
 Question = tuple[str, str | None]
 """A prompt and the target to force after it. Without a target only the token right after the prompt is looked at."""
@@ -53,8 +54,7 @@ def score_targets(
     """
     distinct = list(dict.fromkeys(questions))
     readings: dict[_Row, list[_Reading]] = {}
-    for question in distinct:
-        row, target = encode_question(base, question)
+    for question, (row, target) in zip(distinct, encode_questions(base, distinct), strict=True):
         readings.setdefault((row, max(len(target), 1)), []).append((question, target))
     rows = sorted(readings, key=lambda row: len(row[0]))
     found: dict[Question, Scored] = {}
@@ -68,7 +68,7 @@ def score_targets(
 
 @torch.inference_mode()
 def score_rows(base: Base, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Scored]:
-    """Score rows of ids, (what is fed, the target) as `encode_question` spells them, in one batch. Active positions come in the order of
+    """Score rows of ids, (what is fed, the target) as `encode_questions` spells them, in one batch. Active positions come in the order of
     the rows, one after the other.
 
     Args:
@@ -96,12 +96,13 @@ _Reading = tuple[Question, tuple[int, ...]]
 """A question and its target's token ids, to be read off a row that is fed."""
 
 
-def encode_question(base: Base, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The row to feed, and the target ids. The target's last token is predicted, never fed."""
-    prompt, target = question
-    wanted = tuple(encode_target(base.tokenizer, target)) if target is not None else ()
-    row = (*encode_prompt(base.tokenizer, prompt), *wanted[:-1])
-    return row[-base.context :], wanted
+def encode_questions(base: Base, questions: Sequence[Question]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """For each question the row to feed, and the target ids. The target's last token is predicted, never fed."""
+    targets = [tuple(encode_target(base.tokenizer, target)) if target is not None else () for _, target in questions]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in questions))
+    fed = dict(zip(prompts, encode_queries(base, prompts, 0), strict=True))
+    rows = ((*fed[prompt], *wanted[:-1]) for (prompt, _), wanted in zip(questions, targets, strict=True))
+    return [(row[-base.context :], wanted) for row, wanted in zip(rows, targets, strict=True)]
 
 
 def _score_batch(base: Base, fed: Sequence[_Row], readings: Sequence[Sequence[_Reading]]) -> dict[Question, Scored]:

@@ -1,0 +1,47 @@
+"""What is asked of a model, as the ids that it reads. An edit memory puts facts before some prompts; whatever asks goes through here.
+
+A prompt is routed once, by its text alone, before anything is decoded (algorithms.md, resolution N).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from errata.modeling.loading import Base
+from errata.modeling.patch import claim_places
+from errata.modeling.tokens import encode_prompt
+
+Router = Callable[[Base, Sequence[str], int], Sequence[list[int] | None]]
+"""A base, prompts, and the most tokens that may be read → the ids to read for each; None where it is the prompt itself."""
+
+RESERVE = 32
+"""Tokens of the context that are kept for an answer, at least: short answers of whatever length then follow one and the same context."""
+_ROUTER = "_errata_router"
+"""Attribute of the model itself, so that all views of one model agree."""
+
+
+@contextmanager
+def route_queries(base: Base, router: Router) -> Iterator[None]:
+    """Ask `router` what is read for each prompt while the block runs.
+
+    Raises:
+        BaseMismatchError: a memory is attached already.
+    """
+    with claim_places(base, ["an edit memory"], "facts"):
+        base.model.__dict__[_ROUTER] = router
+        try:
+            yield
+        finally:
+            del base.model.__dict__[_ROUTER]
+
+
+def encode_queries(base: Base, prompts: Sequence[str], answer: int) -> list[list[int]]:
+    """What the model reads for each prompt as it is now. A prompt that leaves no room in the context loses its beginning.
+
+    Args:
+        answer: tokens that will follow.
+    """
+    router: Router | None = base.model.__dict__.get(_ROUTER)
+    room = max(base.context - max(answer, RESERVE), 1)
+    routed = router(base, prompts, room) if router and prompts else [None] * len(prompts)
+    longest = max(base.context - answer, 1)
+    return [encode_prompt(base.tokenizer, prompt)[-longest:] if ids is None else ids for prompt, ids in zip(prompts, routed, strict=True)]

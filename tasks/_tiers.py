@@ -1,0 +1,220 @@
+"""What stands above an editor's layer in a version: the adapter that has taken edits in, and the memory of those that nothing else knows.
+
+Both are functions of what is live. An adapter that has absorbed an edit which leaves goes with it, in the same commit; what only it knew is
+remembered again. Memory holds the live edits that are neither written nor absorbed, or all of them (`memory.holds`).
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from errata.editors.adapters import LoraAdapter
+from errata.retrieval.routing import DEFAULT_FLOOR
+
+from errata.candidates import store_artifact
+from errata.editors.memory import EditMemory, MemoryOptions
+from errata.edits import Edit, Submission
+from errata.errors import InputError
+from errata.evaluation.probes import split_probes
+from errata.manifests import Layer, Manifest
+from errata.readers.files import read_edits
+from errata.retrieval.facts import Fact
+from errata.settings import Settings
+from registry.fold import EditRow, split_occurrence
+from registry.stream import Stream
+
+ADAPTER, MEMORY = "distillmike", "mike"
+"""What the layers above are called in a manifest, in order of application."""
+_VERSION = "1"
+_TOLD = 5
+"""Edits that are named at most."""
+_POOL = 1_000
+"""Live edits that demonstrations are chosen from where there is no file of training edits."""
+
+
+@dataclass(frozen=True)
+class Coming:
+    """An edit that is live from a commit on."""
+
+    occurrence: str
+    edit: Edit
+    written: bool
+    """It has a pair; else it answers from memory."""
+
+
+@dataclass(frozen=True)
+class Above:
+    """The layers above, and what a commit has to say about them."""
+
+    layers: tuple[Layer, ...]
+    told: tuple[str, ...] = ()
+
+    def crown(self, manifest: Manifest) -> Manifest:
+        """The manifest with these layers on top of its editor's."""
+        return manifest.model_copy(update={"layers": (manifest.layers[0], *self.layers)})
+
+
+def carry_above(settings: Settings, stream: Stream, head: Manifest, come: Sequence[Coming], gone: Sequence[EditRow]) -> Above:
+    """The layers above a candidate, stored.
+
+    Args:
+        head: the manifest that it builds on.
+        come, gone: what is live from it on, and not any more. An edit that only gets a pair is in both.
+    """
+    absorbed = read_absorbed(stream, head)
+    same = {item.edit.content_id for item in come}
+    lost = sorted({row.id for row in gone if row.content not in same} & absorbed)
+    known = absorbed if not lost else frozenset[str]()
+    told = (f"The adapter is dropped: it had absorbed {_name_some(lost)}.",) if lost else ()
+    adapter, layer = head.find_above(ADAPTER) if known else None, head.find_above(MEMORY)
+    before = _read_memory(stream, layer)
+    if lost or before is None or not _is_current(settings, stream, before, known):
+        return Above((*_list(adapter), *_store(stream, _remember(settings, stream, head.base, come, gone, known), layer)), told)
+    after = before.update(_build_facts(settings, come, known), [row.occurrence for row in gone])
+    return Above((*_list(adapter), *_store(stream, after, layer)), told)
+
+
+def move_above(settings: Settings, stream: Stream, head: Manifest, base: str, come: Sequence[Coming], gone: Sequence[EditRow]) -> Above:
+    """The layers above on another base or under other pairs, stored: what was trained on what stood beneath is dropped.
+
+    Args:
+        base: digest of the base that they are for.
+    """
+    told = ("The adapter is dropped: it was trained on what stood beneath it.",) if head.find_above(ADAPTER) else ()
+    return Above(tuple(_store(stream, _remember(settings, stream, base, come, gone, frozenset()), None)), told)
+
+
+def put_adapter(settings: Settings, stream: Stream, head: Manifest, adapter: LoraAdapter) -> Above:
+    """The layers above with a new adapter, stored: what it has absorbed is not remembered any more, unless all is."""
+    stored = store_artifact(stream.objects, adapter)
+    layer = Layer(editor=ADAPTER, editor_version=_VERSION, built_on=tuple(head.layers[0].stored[:1]), **stored)
+    absorbed = frozenset(split_occurrence(name)[0] for name in adapter.absorbed)
+    return Above((layer, *_store(stream, _remember(settings, stream, head.base, (), (), absorbed), head.find_above(MEMORY))))
+
+
+def forget_erased(settings: Settings, stream: Stream, head: Manifest, ids: Collection[str]) -> Above:
+    """The layers above without a word of edits that are erased, stored: of what was forgotten, blocks have kept the text."""
+    layer = head.find_above(MEMORY)
+    memory = _read_memory(stream, layer)
+    if memory is None or not {split_occurrence(name)[0] for name in memory.stored_ids} & set(ids):
+        return Above(head.above)
+    kept = _remember(settings, stream, head.base, (), (), read_absorbed(stream, head))
+    return Above((*_list(head.find_above(ADAPTER)), *_store(stream, kept, layer)))
+
+
+def read_absorbed(stream: Stream, manifest: Manifest) -> frozenset[str]:
+    """Ids of the edits that the adapter of a version has taken in."""
+    layer = manifest.find_above(ADAPTER)
+    if layer is None or layer.artifact is None:
+        return frozenset()
+    return frozenset(split_occurrence(name)[0] for name in LoraAdapter.from_bytes(stream.objects.get(layer.artifact)).absorbed)
+
+
+def recall_all(settings: Settings, stream: Stream, base: str, rows: Sequence[EditRow]) -> EditMemory:
+    """A memory of these live edits, all of them, with the pool of the settings: the teacher of a distillation.
+
+    Args:
+        base: digest of the base that it is put on.
+    """
+    facts = [_build_fact(settings, row.occurrence, edit) for row, edit in zip(rows, stream.read_edits(rows), strict=True)]
+    return _start_memory(settings, stream, base, {fact.id for fact in facts}).update(facts, ())
+
+
+def _remember(
+    settings: Settings, stream: Stream, base: str, come: Sequence[Coming], gone: Sequence[EditRow], absorbed: frozenset[str]
+) -> EditMemory:
+    """A memory made anew."""
+    leaving = {row.occurrence for row in gone}
+    rows = stream.index.find_rows("live") if settings.memory.holds == "all" else stream.index.find_unwritten()
+    staying = [row for row in rows if row.occurrence not in leaving and _holds(settings, row.pairs is not None, row.id, absorbed)]
+    facts = [_build_fact(settings, row.occurrence, edit) for row, edit in zip(staying, stream.read_edits(staying), strict=True)]
+    facts += _build_facts(settings, come, absorbed)
+    if not facts:
+        return EditMemory(base, _read_options(settings))
+    started = _start_memory(settings, stream, base, leaving | {fact.id for fact in facts})
+    return started.update(facts, ())
+
+
+def _start_memory(settings: Settings, stream: Stream, base: str, without: Collection[str]) -> EditMemory:
+    """A memory of nothing, with its pool: training edits of a file, else a sample of the stream's own.
+
+    Args:
+        without: occurrences that are not for the pool: they are remembered themselves, or leave.
+
+    Raises:
+        InputError: the file of training edits cannot be read, or has none.
+    """
+    memory = EditMemory(base, _read_options(settings))
+    if settings.memory.demonstrations == 0:
+        return memory
+    if settings.memory.pool is not None:
+        return memory.with_pool(_read_pool(settings.memory.pool))
+    rows = [row for row in stream.index.sample_live(_POOL, settings.evaluate.seed) if row.occurrence not in without]
+    facts = [_build_fact(settings, row.occurrence, edit) for row, edit in zip(rows, stream.read_edits(rows), strict=True)]
+    return memory.with_pool(facts)
+
+
+def _is_current(settings: Settings, stream: Stream, memory: EditMemory, absorbed: frozenset[str]) -> bool:
+    """Whether a memory is what the settings ask for, so that it can be gone on from."""
+    if memory.options != _read_options(settings):
+        return False
+    if settings.memory.holds == "all":
+        return len(memory.facts) == stream.index.counts().get("live", 0)
+    return memory.facts.keys() == {row.occurrence for row in stream.index.find_unwritten() if row.id not in absorbed}
+
+
+def _holds(settings: Settings, written: bool, edit_id: str, absorbed: frozenset[str]) -> bool:
+    """Whether a live edit answers from memory."""
+    return settings.memory.holds == "all" or not (written or edit_id in absorbed)
+
+
+def _read_options(settings: Settings) -> MemoryOptions:
+    chosen = settings.memory
+    floor = DEFAULT_FLOOR if chosen.floor is None else chosen.floor
+    return MemoryOptions(encoder=chosen.encoder, scope=chosen.scope, floor=floor, demonstrations=chosen.demonstrations)
+
+
+def _read_memory(stream: Stream, layer: Layer | None) -> EditMemory | None:
+    if layer is None or layer.artifact is None:
+        return None
+    return EditMemory.from_bytes(stream.objects.get(layer.artifact), stream.objects.get)
+
+
+def _read_pool(path: Path) -> list[Fact]:
+    """Training edits of a file: what a demonstration shows is all that is read of them."""
+    facts = [
+        Fact(item.edit.edit_id, item.edit.subject, item.edit.prompt, item.edit.target_new, (), item.edit.paraphrase_prompts[:1])
+        for item in read_edits(path)
+        if isinstance(item, Submission)
+    ]
+    if not facts:
+        raise InputError(f"memory.pool: expected training edits in {path}, found none")
+    return facts
+
+
+def _build_facts(settings: Settings, come: Sequence[Coming], absorbed: frozenset[str]) -> list[Fact]:
+    """What is to be remembered of edits that come."""
+    wanted = [item for item in come if _holds(settings, item.written, item.edit.edit_id, absorbed)]
+    return [_build_fact(settings, item.occurrence, item.edit) for item in wanted]
+
+
+def _build_fact(settings: Settings, occurrence: str, edit: Edit) -> Fact:
+    # What was held out is for measuring.
+    shown = split_probes(edit, settings.evaluate.seed).training.paraphrases
+    return Fact(occurrence, edit.subject, edit.prompt, edit.target_new, edit.aliases, shown)
+
+
+def _store(stream: Stream, memory: EditMemory, layer: Layer | None) -> list[Layer]:
+    """The layer of a memory, with its objects stored; none for an empty one."""
+    if not memory.facts:
+        return []
+    return [Layer(editor=MEMORY, editor_version=_VERSION, **store_artifact(stream.objects, memory, layer.parts if layer else ()))]
+
+
+def _list(layer: Layer | None) -> list[Layer]:
+    return [layer] if layer else []
+
+
+def _name_some(names: Sequence[str]) -> str:
+    rest = len(names) - _TOLD
+    return ", ".join(names[:_TOLD]) + (f" and {rest} more" if rest > 0 else "") + ", which left or changed"
