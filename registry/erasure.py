@@ -22,7 +22,7 @@ from registry.stream import Stream
 BLANK = "[erased]"
 _KEEPING = frozenset(["ireva"])
 """Editors whose versions keep keys of edits that were withdrawn. Of all others no artifact is read, large as they are."""
-_WEIGHTS = ("d4s_state", "weight_delta", "neuron_state", "neuron_patch")
+_WEIGHTS = ("d4s_state", "weight_delta", "neuron_state", "neuron_patch", "lora_adapter")
 """Kinds of objects that are made with edits, and again without them."""
 _SHORTEST = 3
 """Characters of a text that is looked for in remarks; a shorter one would be found everywhere."""
