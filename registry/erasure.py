@@ -22,8 +22,9 @@ from registry.stream import Stream
 
 BLANK = "[erased]"
 _KEEPING = frozenset(["ireva", "mike"])
-"""Layers whose versions keep something of edits that were withdrawn: keys of neurons, facts in blocks. Of all others no artifact is read, large as they are."""
-_WEIGHTS = ("d4s_state", "weight_delta", "neuron_state", "neuron_patch")
+"""Layers whose versions keep something of edits that were withdrawn: keys of neurons, facts in blocks. Of others no artifact is read, large
+as they are."""
+_WEIGHTS = ("d4s_state", "weight_delta", "neuron_state", "neuron_patch", "lora_adapter", "edit_memory", "facts")
 """Kinds of objects that are made with edits, and again without them."""
 _SHORTEST = 3
 """Characters of a text that is looked for in remarks; a shorter one would be found everywhere."""

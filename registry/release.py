@@ -21,7 +21,7 @@ from registry.shared import BaseRef
 _REQUIREMENTS = ("mlflow", "numpy", "safetensors", "torch", "transformers")
 PARTS_BESIDE = "parts"
 """The folder of parts inside a version that is exported with all it needs."""
-_EDITORS = ("__init__.py", "artifacts.py", "kinds.py", "neurons.py")
+_EDITORS = ("__init__.py", "adapters.py", "artifacts.py", "kinds.py", "neurons.py")
 _CLOSURE = ("__init__.py", "errors.py", "redaction.py", "modeling", "retrieval", *(f"editors/{name}" for name in _EDITORS))
 """What `served_model.py` imports of the package `errata`, directly or not. A test follows the imports."""
 _HEADLINES = ("efficacy", "held_out.generalization", "held_out.specificity", "held_out.score", "retention", "locality.kl")

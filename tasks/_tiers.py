@@ -8,10 +8,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from errata.editors.adapters import LoraAdapter
-from errata.retrieval.routing import DEFAULT_FLOOR
+from errata.retrieval.routing import FLOOR
 
 from errata.candidates import store_artifact
+from errata.editors.adapters import LoraAdapter
 from errata.editors.memory import EditMemory, MemoryOptions
 from errata.edits import Edit, Submission
 from errata.errors import InputError
@@ -170,7 +170,7 @@ def _holds(settings: Settings, written: bool, edit_id: str, absorbed: frozenset[
 
 def _read_options(settings: Settings) -> MemoryOptions:
     chosen = settings.memory
-    floor = DEFAULT_FLOOR if chosen.floor is None else chosen.floor
+    floor = FLOOR if chosen.floor is None else chosen.floor
     return MemoryOptions(encoder=chosen.encoder, scope=chosen.scope, floor=floor, demonstrations=chosen.demonstrations)
 
 

@@ -1,5 +1,6 @@
 """The kinds of artifacts there are, told apart by what their bytes say. This module travels inside every MLflow version."""
 
+from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import Artifact, Fetch, WeightDelta, read_kind
 from errata.editors.neurons import NeuronPatch
 from errata.errors import FormatError
@@ -19,4 +20,6 @@ def load_artifact(data: bytes, fetch: Fetch) -> Artifact:
         return WeightDelta.from_bytes(data)
     if kind == "neuron_patch":
         return NeuronPatch.from_bytes(data, fetch)
+    if kind == "lora_adapter":
+        return LoraAdapter.from_bytes(data)
     raise FormatError(f"expected an artifact, found {kind!r}: written by a newer Errata?")

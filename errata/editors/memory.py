@@ -21,7 +21,7 @@ from errata.retrieval.demonstrations import spell_context, spell_stored
 from errata.retrieval.encoder import DEFAULT_ENCODER, Encoder, load_encoder
 from errata.retrieval.facts import Fact
 from errata.retrieval.nearest import NearestFacts
-from errata.retrieval.routing import DEFAULT_FLOOR, FactStore, Route, Scope
+from errata.retrieval.routing import FLOOR, FactStore, Route, Scope
 
 _FORMAT = 1
 _BLOCK = 1_000
@@ -34,7 +34,7 @@ class MemoryOptions:
 
     encoder: str = DEFAULT_ENCODER
     scope: Scope = "guarded"
-    floor: float = DEFAULT_FLOOR
+    floor: float = FLOOR
     """Least similarity of a question and a fact under `guarded`."""
     demonstrations: int = 12
     """Most facts of the pool that are shown before a question."""
@@ -142,7 +142,8 @@ class EditMemory:
         Args:
             room: most tokens. Demonstrations are dropped to stay within it; a prompt that alone is longer loses its beginning.
         """
-        return [None if route.fact is None else self._write(base, route.fact, route.query, room) for route in self.route(prompts)]
+        found = zip(prompts, self.route(prompts), strict=True)
+        return [None if route.fact is None else self._write(base, route.fact, prompt, room) for prompt, route in found]
 
     def route(self, prompts: Sequence[str]) -> list[Route]:
         """Which fact answers each prompt, and why (MIKE's Ret(q))."""
@@ -199,9 +200,8 @@ class EditMemory:
 
     @cached_property
     def _store(self) -> FactStore:
-        store = FactStore(lambda: open_encoder(self.options.encoder), scope=self.options.scope, floor=self.options.floor)
-        store.add(list(self.facts.values()))
-        return store
+        chosen = self.options
+        return FactStore(self.facts.values(), encoder=lambda: open_encoder(chosen.encoder), scope=chosen.scope, floor=chosen.floor)
 
     @cached_property
     def _vectors(self) -> Mapping[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import WeightDelta, pack_tensors
 from errata.editors.base import Pairs
 from errata.editors.d4s.moments import Moments
@@ -19,7 +20,11 @@ KEYS = {1: torch.arange(8.0).view(2, 4), 3: torch.ones(2, 5)}
 PAIRS = Pairs("b" * 64, "p" * 64, (("e1",), ("e2", "Zoë")), torch.arange(6.0).view(2, 3), KEYS)
 DELTA = WeightDelta("b" * 64, {"h.1.weight": torch.arange(6.0).view(2, 3), "h.0.weight": torch.ones(1, 1)})
 MOMENTS = Moments("b" * 64, "corpus", 3, 17, {1: torch.eye(4)})
+ADAPTER = LoraAdapter(
+    "b" * 64, 4.0, {"h.1.weight": torch.ones(2, 3)}, {"h.1.weight": torch.arange(10.0).view(5, 2)}, ("d" * 64,), ("e1@3", "Zoë@5")
+)
 STORED = {
+    "lora_adapter": (ADAPTER.to_bytes(), LoraAdapter.from_bytes),
     "weight_delta": (DELTA.to_bytes(), WeightDelta.from_bytes),
     "pairs": (PAIRS.to_bytes(), Pairs.from_bytes),
     "moments": (MOMENTS.to_bytes(), Moments.from_bytes),

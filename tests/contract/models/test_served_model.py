@@ -1,6 +1,7 @@
 """What a consumer gets from plain MLflow: the committed answers, from any kind of input, and a swap that never mixes two versions."""
 
 import ast
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,8 @@ import torch
 from mlflow.exceptions import MlflowException
 
 import errata
-from errata.editors.artifacts import WeightDelta
+from errata.editors.adapters import LoraAdapter
+from errata.editors.artifacts import Artifact, WeightDelta
 from errata.errors import BaseMismatchError, ModelError, ObjectCorruptError
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
@@ -31,7 +33,7 @@ OURS = {"errata", "registry", "tasks", "flows"}
 TOKENS = {"max_new_tokens": 8}
 
 
-def answer(base: Base, delta: WeightDelta | None, prompts: Sequence[str] = PROMPTS) -> list[str]:
+def answer(base: Base, delta: Artifact | None, prompts: Sequence[str] = PROMPTS) -> list[str]:
     """Greedy answers, one prompt at a time and without any padding."""
     texts = []
     with attach(base, [delta]) if delta else nullcontext(), torch.inference_mode():
@@ -227,3 +229,19 @@ def test_code_in_a_version_is_closed(champion: Any, tmp_path: Path) -> None:
                 if name.split(".")[0] in OURS and not (target.with_suffix(".py").is_file() or (target / "__init__.py").is_file()):
                     missing.append((path.name, name))
     assert missing == []
+
+
+def test_an_adapter_answers_without_peft(
+    registry: ModelRegistry, make_release: MakeRelease, deltas: list[WeightDelta], base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a distillation made, on top of a delta: plain additions, which need nothing that a version does not bring."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    name = f"{base.layout.blocks}.0.attn.c_attn.weight"
+    d_out, d_in = base.layout.orient(base.model.get_parameter(name)).shape
+    generator = torch.Generator().manual_seed(7)
+    factors = torch.randn(2, d_in, generator=generator), torch.randn(d_out, 2, generator=generator)
+    adapter = LoraAdapter(base.digest, 2.0, {name: factors[0]}, {name: factors[1]}, ("d" * 64,), ("e1@1",))
+    version = registry.project(make_release(1, deltas[0], adapter))
+    found = load(version.uri).predict(PROMPTS, params=TOKENS)
+    with attach(base, [deltas[0]]):
+        assert found == answer(base, adapter) != answer(base, None)

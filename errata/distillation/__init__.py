@@ -1,0 +1,1 @@
+"""Folding live edits into a LoRA that answers without demonstrations (DistillMIKE)."""
