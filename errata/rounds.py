@@ -30,6 +30,21 @@ class Prepared(_Record):
     seconds: float
 
 
+class Trained(_Record):
+    """An adapter that was trained and stands on no head yet."""
+
+    adapter: str
+    """Its digest."""
+    live: int
+    """Edits that it was taught."""
+    absorbed: tuple[str, ...]
+    """Occurrences of those that it answers by itself."""
+    went_on: bool
+    """From an earlier adapter."""
+    told: str
+    seconds: float
+
+
 class Round(_Record):
     """One candidate of a batch, from building to judgement."""
 

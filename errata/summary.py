@@ -103,6 +103,17 @@ class AdoptionSummary(_Judged):
     """The pairs were read and summed anew, because the new spread needs sums that there were not."""
 
 
+class DistillationSummary(_Judged):
+    """Its metrics are of a sample of the live edits."""
+
+    taught: int
+    """Live edits that were distilled."""
+    absorbed: int
+    """Those that take with the adapter alone."""
+    went_on: bool
+    """From an earlier adapter."""
+
+
 class CompactionSummary(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

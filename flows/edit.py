@@ -45,8 +45,12 @@ def try_batch(stream: str, order: str) -> tuple[Prepared, list[Round]]:
     return prepared, rounds
 
 
-def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bool) -> list[BatchSummary]:
-    """Write order after order into a stream, until there is none."""
+def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bool, *, remembers: bool = False) -> list[BatchSummary]:
+    """Write order after order into a stream, until there is none.
+
+    Args:
+        remembers: they only go to memory: what it cannot answer is not refused, and batches may stand still all the same.
+    """
     done: list[BatchSummary] = []
     conflicts = 0
     while (order := order_next()) is not None:
@@ -68,7 +72,7 @@ def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bo
         conflicts = 0
         if dry_run:
             break
-        if done[-1].decision == "reject":
+        if done[-1].decision == "reject" and not remembers:
             announce_rejection(stream, done[-1])
         project_versions(stream)
         if (fault := refresh_sums(stream)) is not None:
@@ -76,5 +80,6 @@ def write_batches(stream: str, order_next: Callable[[], str | None], dry_run: bo
     if not dry_run:
         # Also where nothing was committed: an earlier run may have stopped between a commit and its version.
         project_versions(stream)
-        note_success(stream)
+        if not remembers:
+            note_success(stream)
     return done

@@ -1,0 +1,232 @@
+"""Live edits into an adapter: lessons from memory and base, a student on what is served, judged and committed as a distillation.
+
+The weights beneath stay as they are. What is computed on the way lies in the cache, so that a killed run goes on where it was.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from errata.candidates import load_artifacts
+from errata.distillation.distil import DistillReport, distil_lessons
+from errata.distillation.lessons import draw_lessons
+from errata.editors.adapters import LoraAdapter
+from errata.editors.artifacts import Artifact
+from errata.editors.memory import EditMemory
+from errata.edits import Edit, digest_of
+from errata.errors import ErasedError, InputError, KeyMissingError
+from errata.evaluation.metrics import all_correct
+from errata.evaluation.scoring import score_targets
+from errata.gate import decide_whole
+from errata.manifests import Manifest
+from errata.modeling.loading import Base
+from errata.modeling.patch import attach
+from errata.modeling.queries import RESERVE
+from errata.report import Report
+from errata.rounds import Round, Trained
+from errata.settings import Settings
+from errata.summary import DistillationSummary
+from registry.events import Commit, DistillationCommit, RejectionCommit
+from registry.fold import split_occurrence
+from registry.history import is_accepted
+from registry.orders import DistillationOrder
+from registry.stream import Stream
+from tasks._progress import show_progress
+from tasks._session import load_model, open_named, read_manifest
+from tasks._task import stage
+from tasks._tiers import ADAPTER, put_adapter, read_absorbed, recall_all
+from tasks.committing import commit_once, describe_writer, shorten_reasons
+from tasks.evaluating import measure_candidate
+
+_LOOKED_BACK = 50
+"""Accepted commits among which an adapter to go on from is looked for."""
+
+
+@stage
+def order_distillation(stream: str, afresh: bool) -> str | None:
+    """All live edits, and the adapter to go on from, as a stored order; None where there are none, or the head's adapter knows them all.
+
+    Args:
+        afresh: go on from none, and distil even what is known.
+    """
+    _, opened = open_named(stream)
+    head, rows = opened.head, list(opened.index.find_rows("live"))
+    if not rows or (not afresh and read_absorbed(opened, read_manifest(opened, head.manifest)) >= {row.id for row in rows}):
+        return None
+    live, start = tuple(row.occurrence for row in rows), None if afresh else find_start(opened)
+    order = DistillationOrder(seq=head.seq + 1, parent=head.digest, manifest=head.manifest, accepted=head.accepted, live=live, start=start)
+    return order.store(opened.objects)
+
+
+@stage
+def train_adapter(stream: str, order: str) -> Trained:
+    """An adapter on the weights of the order's head that answers as memory does, stored. What it does not answer by itself in the end it
+    has not absorbed.
+
+    Raises:
+        InputError: memory answers no prompt of the live edits, so that there is nothing to teach.
+    """
+    settings, opened = open_named(stream)
+    begun = time.perf_counter()
+    work, model = DistillationOrder.load(opened.objects, order), load_model(settings, opened)
+    head = read_manifest(opened, work.manifest)
+    rows = [opened.resolve_edit(name) for name in work.live]
+    edits = list(opened.read_edits(rows))
+    memory = recall_all(settings, opened, head.base, rows)
+    drawn = draw_lessons(edits, partial(_teach, model.base, memory), model.base.tokenizer, settings.evaluate.seed)
+    beneath = load_artifacts(opened.objects, head.model_copy(update={"layers": head.layers[:1]}))
+    with show_progress("distilling") as on_progress:
+        made = distil_lessons(
+            model.base,
+            beneath,
+            drawn.lessons,
+            settings.distill,
+            find_folder(settings),
+            absorbed=work.live,
+            start=LoraAdapter.from_bytes(opened.objects.get(work.start)) if work.start else None,
+            on_progress=on_progress,
+        )
+    known = find_answered_by(settings, model.base, [*beneath, made.adapter], edits)
+    absorbed = tuple(name for name, takes in zip(work.live, known, strict=True) if takes)
+    return Trained(
+        adapter=opened.objects.put(replace(made.adapter, absorbed=absorbed).to_bytes()),
+        live=len(edits),
+        absorbed=absorbed,
+        went_on=work.start is not None,
+        told=tell_training(made.report, len(edits), len(absorbed)),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+@stage
+def stack_adapter(stream: str, trained: Trained) -> tuple[str, Round] | None:
+    """A trained adapter on the head as it is now: an order and a candidate that nothing points to yet. None where an edit that it has
+    absorbed is not live any more: then it has to be trained again."""
+    settings, opened = open_named(stream)
+    head = opened.head
+    if not all(_still_says(opened, name) for name in trained.absorbed):
+        return None
+    order = DistillationOrder(
+        seq=head.seq + 1, parent=head.digest, manifest=head.manifest, accepted=head.accepted, live=trained.absorbed, start=None
+    )
+    manifest = read_manifest(opened, head.manifest)
+    above = put_adapter(settings, opened, manifest, LoraAdapter.from_bytes(opened.objects.get(trained.adapter)))
+    candidate = Round(
+        rest=trained.absorbed,
+        manifest=opened.objects.put(above.crown(manifest).to_bytes()),
+        fits={},
+        told=(trained.told,),
+        seconds={"distill": trained.seconds},
+    )
+    return order.store(opened.objects), candidate
+
+
+@stage
+def judge_distillation(stream: str, candidate: Round) -> Round:
+    """The candidate with its report and the gate's decision: a sample of the live edits is asked everything that a batch is asked. A fault
+    refuses the whole: an adapter cannot be taken apart."""
+    settings, opened = open_named(stream)
+    model, begun = load_model(settings, opened), time.perf_counter()
+    manifest = Manifest.from_bytes(opened.objects.get(candidate.manifest))
+    rows = opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)
+    sample = list(opened.read_edits(rows))
+    report = measure_candidate(settings, opened, model, load_artifacts(opened.objects, manifest), sample, sample)
+    report = report.model_copy(update={"live": opened.index.counts().get("live", 0)})
+    decision = decide_whole(report, settings.gate)
+    if not candidate.rest:
+        decision = decision.model_copy(update={"verdict": "reject", "reasons": ("No live edit takes with the adapter alone.",)})
+    seconds = {**candidate.seconds, "evaluate": time.perf_counter() - begun}
+    return candidate.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision, "seconds": seconds})
+
+
+@stage
+def commit_distillation(stream: str, order: str, trained: Trained, judged: Round, dry_run: bool = False) -> DistillationSummary:
+    """Make the distillation a commit, or its refusal. What training left in the cache goes.
+
+    Raises:
+        ConflictError: another writer committed since the order was made.
+    """
+    settings, opened = open_named(stream)
+    work, decision = DistillationOrder.load(opened.objects, order), judged.decision
+    assert decision is not None and judged.report is not None, "a distillation is judged before it is committed"
+    accepted = decision.verdict == "accept"
+    fields = {
+        "seq": work.seq,
+        "parent": work.parent,
+        "report": judged.report,
+        "decision": decision.verdict,
+        "reasons": shorten_reasons((*judged.told, *(() if accepted else ("The adapter was refused.",)), *decision.reasons)),
+        "seconds": {name: round(value, 3) for name, value in judged.seconds.items()},
+        **describe_writer(settings),
+    }
+    draft: Commit = RejectionCommit(outcomes=opened.objects.put_rows([]), manifest=work.manifest, **fields)
+    if accepted:
+        promoted = settings.policy.promote == "auto"
+        draft = DistillationCommit(of=work.accepted, absorbed=len(judged.rest), manifest=judged.manifest, promoted=promoted, **fields)
+    if not dry_run:
+        commit_once(opened, draft)
+        shutil.rmtree(find_folder(settings), ignore_errors=True)
+    report = Report.from_bytes(opened.objects.get(judged.report))
+    return DistillationSummary(
+        stream=opened.name,
+        commit=None if dry_run else draft.seq,
+        decision=draft.decision,
+        live=report.live or 0,
+        taught=trained.live,
+        absorbed=len(judged.rest),
+        went_on=trained.went_on,
+        metrics=report.metrics(),
+        reasons=draft.reasons,
+        seconds=draft.seconds,
+    )
+
+
+def find_start(stream: Stream) -> str | None:
+    """Digest of the newest adapter on the head's base whose absorbed edits are all live still, among those of the last accepted commits."""
+    head, seen = stream.head, set[str]()
+    commits = (stream.log.read(seq) for seq in range(head.accepted, 0, -1))
+    for commit in islice(filter(is_accepted, commits), _LOOKED_BACK):
+        with suppress(KeyMissingError, ErasedError):
+            layer = read_manifest(stream, commit.manifest or "").find_above(ADAPTER)
+            if layer is None or layer.artifact is None or layer.artifact in seen:
+                continue
+            seen.add(layer.artifact)
+            adapter = LoraAdapter.from_bytes(stream.objects.get(layer.artifact))
+            if adapter.base == head.base and all(_still_says(stream, name) for name in adapter.absorbed):
+                return layer.artifact
+    return None
+
+
+def find_answered_by(settings: Settings, base: Base, artifacts: Sequence[Artifact], edits: Sequence[Edit]) -> list[bool]:
+    """Of each edit, whether it takes with these artifacts on the base."""
+    asked = [(edit.rewrite_prompt, edit.target_new) for edit in edits]
+    with attach(base, artifacts):
+        scored = score_targets(base, asked, batch_tokens=settings.evaluate.batch_tokens)
+    return [all_correct(scored[question].chosen, scored[question].target) for question in asked]
+
+
+def find_folder(settings: Settings) -> Path:
+    """Where training keeps what it has done; it holds prompts of edits."""
+    return settings.cache / "distill" / digest_of(f"{settings.root} {settings.stream}".encode())[:16]
+
+
+def tell_training(report: DistillReport, live: int, absorbed: int) -> str:
+    """What an adapter was taught, in a sentence."""
+    return f"Distilled {absorbed} of {live} live edits in {report.steps} steps."
+
+
+def _teach(base: Base, memory: EditMemory, prompts: Sequence[str]) -> list[list[int] | None]:
+    return memory.write_prompts(base, prompts, base.context - RESERVE)
+
+
+def _still_says(stream: Stream, occurrence: str) -> bool:
+    """Whether the edit that an adapter knows is live, and says what it said."""
+    identity, seq = split_occurrence(occurrence)
+    now = stream.index.find_edit(identity)
+    then = {row.content for row in stream.index.find_occurrences(identity) if row.seq == seq}
+    return now is not None and now.status == "live" and now.content in then
