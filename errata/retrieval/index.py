@@ -31,8 +31,8 @@ CELLS_FROM = 30_000
 for as long as it takes less than 8 % of a decoded token of GPT-2 small (`python -m benchmarks.neuron_lookup`: 7.7 % at 30,000)."""
 CELLS, PROBED = 512, 128
 """Centres, and how many are read per query (measured: with a quarter of them also far queries get the row of `product`)."""
-_TRAINED_ON = 64 * CELLS
-"""Keys that the centres are learnt from at most, so that building takes seconds at any size."""
+_PER_CENTRE = 64
+"""Keys that each centre is learnt from at most, so that building takes seconds at any size."""
 _CANDIDATES = 16
 """Rows scored anew by the fixed-size forms: more equal keys than anyone stores."""
 _ROUNDING = 2.0**-24
@@ -63,13 +63,15 @@ class KeyIndex:
         self.form = choose_form(len(keys), keys.device) if form is None else form
         # Counts down, so that the largest of some rows is the first of them.
         self._precedence = torch.arange(len(keys), 0, -1, dtype=torch.int32, device=keys.device)
-        # Rounding errors of a dot product grow with √d (Higham & Mary 2019, with constant 4: never seen exceeded).
-        self._slack = 4 * math.sqrt(self.keys.shape[1]) * _ROUNDING * self._norm
+        self._slack = _bound_rounding(self.keys.shape[1], self._norm)
         if self.form == "half":
             self._halves = self.keys.half()
             self._half_error = float((self._halves.float() - self.keys).norm(dim=1).max())
         elif self.form == "cells":
-            self._cells = _build_cells(self.keys)
+            if self.keys.device.type != "cpu" or not has_faiss():
+                found = f"keys on {self.keys.device}" if has_faiss() else "no faiss (pip install 'errata[cpu]')"
+                raise EditorError(f"neuron lookup: expected faiss and keys on the CPU for the form 'cells', found {found}")
+            self._cells = build_cells(self.keys, CELLS, PROBED)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -125,11 +127,7 @@ class KeyIndex:
         scores = self.keys.new_empty(len(queries), count)
         rows = torch.empty(scores.shape, dtype=torch.int64, device=self.keys.device)
         for place, query in enumerate(queries):
-            rough = self.keys @ query
-            near = self._list_near(rough, rough.topk(count).values[-1], 2 * self._slack * query.norm())
-            exact = _score(self.keys[near], query)
-            order = exact.sort(descending=True, stable=True).indices[:count]
-            scores[place], rows[place] = exact[order], near[order]
+            scores[place], rows[place] = rank_rows(self.keys, query, count, norm=self._norm)
         return scores, rows
 
     def _check(self, queries: torch.Tensor) -> torch.Tensor:
@@ -140,14 +138,9 @@ class KeyIndex:
 
     def _choose(self, queries: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The winner among candidates [n, c] in any order."""
-        exact = _score(self.keys[rows], queries[:, None])
+        exact = score_rows(self.keys[rows], queries[:, None])
         best = exact.amax(dim=1)
         return best, rows.masked_fill(exact < best[:, None] - self.tie, len(self.keys)).amin(dim=1)
-
-    @staticmethod
-    def _list_near(rough: torch.Tensor, best: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
-        """Rows that may reach `best`, ascending; all of them where a score is not a number."""
-        return (~(rough < best - slack)).nonzero()[:, 0]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _find_in_halves(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +152,7 @@ class KeyIndex:
         best = rough.max()
         # A result beyond float16 rules nothing out.
         floor = best if best.isfinite() else best.new_tensor(-math.inf)
-        rows = self._list_near(rough, floor, 2 * (error + _HALF_SMALLEST) + self.tie)
+        rows = _list_near(rough, floor, 2 * (error + _HALF_SMALLEST) + self.tie)
         return self._choose(query[None], rows[None])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -175,35 +168,74 @@ def choose_form(count: int, device: torch.device) -> Form:
     """The fastest form for `count` keys, as measured; where nothing was measured (GPUs, CPUs other than x86 with AVX2) the plain one."""
     if device.type != "cpu" or count < HALF_FROM:
         return "product"
-    if count >= CELLS_FROM and _has_faiss():
+    if count >= CELLS_FROM and has_faiss():
         return "cells"
     return "half" if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else "product"
 
 
-def _has_faiss() -> bool:
+def rank_rows(
+    keys: torch.Tensor, query: torch.Tensor, count: int, *, norm: float, rough: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` rows with the largest inner products, best first, equal ones in their order. Exact: every row that a float32 product
+    cannot rule out is scored anew.
+
+    Args:
+        keys: [N, d] float32, N >= count.
+        query: [d] float32.
+        norm: no row of `keys` is longer.
+        rough: [N], the float32 products where they are known already; -inf bars a row.
+
+    Returns:
+        Scores [count] float32 and rows [count] int64.
+    """
+    rough = keys @ query if rough is None else rough
+    near = _list_near(rough, rough.topk(count).values[-1], 2 * _bound_rounding(len(query), norm) * query.norm())
+    exact = score_rows(keys[near], query)
+    order = exact.sort(descending=True, stable=True).indices[:count]
+    return exact[order], near[order]
+
+
+def _bound_rounding(width: int, norm: float) -> float:
+    """What a float32 product may be off by, per length of the query."""
+    # Rounding errors of a dot product grow with √d (Higham & Mary 2019, with constant 4: never seen exceeded).
+    return 4 * math.sqrt(width) * _ROUNDING * norm
+
+
+def _list_near(rough: torch.Tensor, best: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
+    """Rows that may reach `best`, ascending; all of them where a score is not a number."""
+    return (~(rough < best - slack)).nonzero()[:, 0]
+
+
+def has_faiss() -> bool:
     return importlib.util.find_spec("faiss") is not None
 
 
-def _score(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+def score_rows(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """Inner products over the last dimension, float64 rounded to float32."""
     return (keys.double() * queries.double()).sum(dim=-1).float()
 
 
-def _build_cells(keys: torch.Tensor) -> Any:
-    """An inverted file of `keys` [N, d]: float16, compared by inner product, which is nearness as long as all norms are equal."""
-    if keys.device.type != "cpu" or not _has_faiss():
-        found = f"keys on {keys.device}" if _has_faiss() else "no faiss (pip install 'errata[cpu]')"
-        raise EditorError(f"neuron lookup: expected faiss and keys on the CPU for the form 'cells', found {found}")
+def build_cells(keys: torch.Tensor, cells: int, probed: int, ids: Any = None) -> Any:
+    """An inverted file of `keys` [N, d]: float16, compared by inner product, which is nearness as long as all norms are equal.
+
+    Args:
+        cells: how many centres; never more than keys.
+        probed: how many of them a query reads.
+        ids: [N] int64 numpy, what a search names rows by; None counts them.
+    """
     import faiss
 
     width = keys.shape[1]
-    cells = min(CELLS, len(keys))
+    cells = min(cells, len(keys))
     centres = faiss.IndexFlatIP(width)
     index = faiss.IndexIVFScalarQuantizer(centres, width, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False)
     index.cp.niter, index.cp.seed = 10, 0
-    index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, _TRAINED_ON // CELLS
-    index.nprobe = min(PROBED, cells)
+    index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, _PER_CENTRE
+    index.nprobe = min(probed, cells)
     rows = keys.numpy()
     index.train(rows)
-    index.add(rows)
+    if ids is None:
+        index.add(rows)
+    else:
+        index.add_with_ids(rows, ids)
     return index

@@ -1,0 +1,233 @@
+"""Which live fact a query asks for, if any: the paper's retrieval made decidable (MIKE §3.1; algorithms.md §2.1, resolution J).
+
+    1  the query is a live fact's rewrite prompt                             that fact
+    2  it names subjects that have one fact between them                     that fact
+    3  the facts of the subjects it names are several                        the most similar one
+    4  it names no subject                                                   none: the query is out of scope
+
+A subject that is named need not be asked about what was edited: "Danielle Darrieux was born in" names a subject whose mother tongue was
+edited. With `scope = "guarded"` a fact is taken in cases 2 and 3 only if it is similar enough; `"paper"` asks nothing. Case 1 is sure.
+
+Similarity is the cosine of query and rewrite prompt with the subject's name replaced by one neutral word in both, so that the relation
+decides and not the name. Facts are encoded when they are first compared, by template; case 1, case 4 and, in `paper`, case 2 compare
+nothing.
+This module travels inside every MLflow version.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from errata.errors import InputError, UnknownNameError
+from errata.retrieval.encoder import Encoder, Vectors, load_encoder
+from errata.retrieval.facts import Fact
+from errata.retrieval.subjects import Match, SubjectIndex, fold_text
+
+Scope = Literal["guarded", "paper"]
+Case = Literal[1, 2, 3, 4]
+
+PLACEHOLDER = "it"
+"""Stands for a subject where texts are compared."""
+FLOOR = 0.5
+"""Similarity from which a fact is asked for."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a query was found to ask for, and why."""
+
+    case: Case
+    """The case that decided. In cases 2 and 3 the fact may be None: it was not similar enough."""
+    fact: Fact | None = None
+    """None: out of scope."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Id → similarity of every fact that was compared with the query."""
+    floor: float | None = None
+    """What the best score was asked to reach; None where nothing was asked."""
+    names: tuple[str, ...] = ()
+    """The subjects that were found, as the query spells them, from left to right. Not looked for in case 1."""
+
+
+class FactStore:
+    """Live facts, found by the question. Grows by appending and forgets at once.
+
+    Args:
+        facts: the first ones.
+        encoder: called once, when something is first to be compared.
+        scope: what cases 2 and 3 ask.
+        floor: the similarity that `guarded` asks for, with the encoder used.
+
+    Raises:
+        InputError: as `add`.
+    """
+
+    def __init__(
+        self,
+        facts: Iterable[Fact] = (),
+        *,
+        encoder: Callable[[], Encoder] = load_encoder,
+        scope: Scope = "guarded",
+        floor: float = FLOOR,
+    ) -> None:
+        self.scope: Scope = scope
+        self.floor = floor
+        self._load = encoder
+        self._encoder: Encoder | None = None
+        self._facts: dict[str, Fact] = {}
+        self._added = 0
+        self._turns: dict[str, int] = {}
+        """Id → when it was added: of equal facts the newest one answers."""
+        self._subjects = SubjectIndex()
+        self._prompts: dict[str, tuple[str, ...]] = {}
+        """Folded rewrite prompt → ids, in the order of being added."""
+        self._users: dict[str, int] = {}
+        """Template → how many live facts have it."""
+        self._vectors: dict[str, Vectors] = {}
+        """Template → [d], where it was needed or given."""
+        self.add(list(facts))
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._facts
+
+    def __iter__(self) -> Iterator[Fact]:
+        """In the order of being added."""
+        return iter(self._facts.values())
+
+    def add(self, facts: Sequence[Fact], vectors: Vectors | None = None) -> None:
+        """Appends facts. All or none.
+
+        Args:
+            vectors: [n, d], what the encoder makes of `spell_relation` of each, where it is known already.
+
+        Raises:
+            InputError: an id that is live or comes twice, a subject or alias without a name, or another number of vectors than of facts.
+        """
+        ids = {fact.id for fact in facts}
+        if len(ids) < len(facts) or not ids.isdisjoint(self._facts):
+            known = next(fact.id for place, fact in enumerate(facts) if fact.id in self._facts or fact.id in {f.id for f in facts[:place]})
+            raise InputError(f"fact {known}: expected a new id, found one that is live already or comes twice")
+        if vectors is not None and len(vectors) != len(facts):
+            raise InputError(f"facts: expected a vector for each of {len(facts)}, found {len(vectors)}")
+        for fact in facts:
+            if not all(name.strip() for name in (fact.subject, *fact.aliases)):
+                raise InputError(f"fact {fact.id}: expected names for its subject, found an empty one")
+        for place, fact in enumerate(facts):
+            self._facts[fact.id] = fact
+            self._turns[fact.id] = self._added
+            self._added += 1
+            for name in (fact.subject, *fact.aliases):
+                self._subjects.add(name, fact.id)
+            prompt = fold_text(fact.rewrite_prompt)
+            self._prompts[prompt] = (*self._prompts.get(prompt, ()), fact.id)
+            self._users[fact.prompt] = self._users.get(fact.prompt, 0) + 1
+            if vectors is not None:
+                self._vectors[fact.prompt] = np.array(vectors[place], dtype=np.float32)
+
+    def remove(self, ids: Collection[str]) -> None:
+        """Forgets facts, with their names and whatever was computed of them. All or none.
+
+        Raises:
+            UnknownNameError: an id that is not live.
+        """
+        if unknown := next((id for id in ids if id not in self._facts), None):
+            raise UnknownNameError(f"fact {unknown}: expected the id of a live fact, found none of that name")
+        for id in set(ids):
+            fact = self._facts.pop(id)
+            del self._turns[id]
+            self._subjects.remove(id)
+            prompt = fold_text(fact.rewrite_prompt)
+            if others := tuple(other for other in self._prompts[prompt] if other != id):
+                self._prompts[prompt] = others
+            else:
+                del self._prompts[prompt]
+            self._users[fact.prompt] -= 1
+            if not self._users[fact.prompt]:
+                del self._users[fact.prompt]
+                self._vectors.pop(fact.prompt, None)
+
+    def route(self, queries: Sequence[str]) -> list[Route]:
+        """One route for each query. What has to be compared is encoded in one batch.
+
+        Args:
+            queries: prompts as users write them; each is read once, before decoding.
+        """
+        routes: list[Route | None] = []
+        compared: dict[int, tuple[list[Match], list[tuple[Fact, str]]]] = {}
+        for place, query in enumerate(queries):
+            if ids := self._prompts.get(fold_text(query)):
+                routes.append(Route(1, self._facts[ids[-1]]))
+                continue
+            matches = self._subjects.find(query)
+            facts = sorted({id for match in matches for id in match.ids}, key=self._turns.__getitem__, reverse=True)
+            if not facts:
+                routes.append(Route(4))
+            elif len(facts) == 1 and self.scope == "paper":
+                routes.append(Route(2, self._facts[facts[0]], names=_list_names(matches)))
+            else:
+                routes.append(None)
+                compared[place] = matches, [(self._facts[id], _mask(query, matches, id)) for id in facts]
+        scores = iter(self._score([pair for _, pairs in compared.values() for pair in pairs]))
+        for place, (matches, pairs) in compared.items():
+            found = {fact.id: score for (fact, _), score in zip(pairs, scores, strict=False)}
+            # The newest comes first, so that it wins ties.
+            best = max(pairs, key=lambda pair: found[pair[0].id])[0]
+            floor = self.floor if self.scope == "guarded" else None
+            fact = best if floor is None or found[best.id] >= floor else None
+            routes[place] = Route(2 if len(pairs) == 1 else 3, fact, found, floor, _list_names(matches))
+        return [route for route in routes if route is not None]
+
+    def _score(self, pairs: Sequence[tuple[Fact, str]]) -> list[float]:
+        """Similarity of facts with masked queries."""
+        if not pairs:
+            return []
+        missing = {fact.prompt: spell_relation(fact) for fact, _ in pairs if fact.prompt not in self._vectors}
+        asked = list(dict.fromkeys(text for _, text in pairs))
+        if self._encoder is None:
+            self._encoder = self._load()
+        rows = self._encoder.encode([*asked, *missing.values()])
+        self._vectors |= zip(missing, rows[len(asked) :], strict=True)
+        places = {text: place for place, text in enumerate(asked)}
+        # Summed in float64, so that equal texts score the same in any batch.
+        return [float(np.dot(rows[places[text]].astype(np.float64), self._vectors[fact.prompt])) for fact, text in pairs]
+
+
+def spell_relation(fact: Fact) -> str:
+    """What a fact is compared by: its prompt with a neutral word for the subject."""
+    return fact.prompt.replace("{}", PLACEHOLDER)
+
+
+def find_floor(in_scope: Sequence[float], out_of_scope: Sequence[float]) -> float:
+    """The similarity that tells best what is in scope (at or above it) from what is not: the largest balanced accuracy, the mean of the two
+    shares that are right. Between two scores it is their middle; of equally good gaps the widest, then the lowest.
+
+    Raises:
+        InputError: no scores of one kind, or scores that are not finite.
+    """
+    inside, outside = (np.sort(np.asarray(scores, dtype=np.float64)) for scores in (in_scope, out_of_scope))
+    for kind, scores in (("in scope", inside), ("out of scope", outside)):
+        if not len(scores) or not np.isfinite(scores).all():
+            raise InputError(f"floor: expected finite scores {kind}, found {'others' if len(scores) else 'none'}")
+    scores = np.unique(np.concatenate([inside, outside]))
+    lower = np.concatenate([[scores[0] - 1], scores])
+    upper = np.concatenate([scores, [scores[-1] + 1]])
+    right = (1 - np.searchsorted(inside, upper) / len(inside) + np.searchsorted(outside, upper) / len(outside)) / 2
+    best = np.flatnonzero(right >= right.max() - 1e-12)
+    widest = best[np.argmax((upper - lower)[best])]
+    return float((lower[widest] + upper[widest]) / 2)
+
+
+def _mask(query: str, matches: Sequence[Match], id: str) -> str:
+    """The query with the neutral word wherever it names the subject of this fact."""
+    for match in reversed(matches):
+        if id in match.ids:
+            query = query[: match.start] + PLACEHOLDER + query[match.end :]
+    return query
+
+
+def _list_names(matches: Sequence[Match]) -> tuple[str, ...]:
+    return tuple(match.name for match in matches)
