@@ -31,9 +31,15 @@ class LayerWatch(_Part):
     """One edited weight."""
 
     layer: int
+    part: str = ""
+    """Module of the block, where it is not the one that edits are written into: an adapter changes others."""
     norms: WeightNorms
     growth: float | None
     """mean |W| / mean |W0| gained per 100 live edits: `find_growth`."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.part}" if self.part else str(self.layer)
 
 
 class AgeRetention(_Part):
@@ -130,8 +136,8 @@ class WatchReport(_Part):
             "alarms": len(self.alarms),
         }
         for item in self.layers:
-            named |= {f"norms.{item.layer}.{name}": value for name, value in item.norms.numbers.items()}
-            named[f"norms.{item.layer}.growth_per_100"] = item.growth
+            named |= {f"norms.{item.name}.{name}": value for name, value in item.norms.numbers.items()}
+            named[f"norms.{item.name}.growth_per_100"] = item.growth
         for age in self.ages:
             named[f"retention.{age.age}.immediate"] = age.immediate.value
             named[f"retention.{age.age}.retained"] = age.retained.value
@@ -164,8 +170,8 @@ def find_alarms(report: WatchReport, norm_ratio: float, settings: WatchSettings,
         ratio = layer.norms.mean_abs_ratio
         if ratio is None or ratio > norm_ratio:
             said = "is not finite" if ratio is None else f"is {ratio:.2f} times the base's"
-            message = f"mean |W| of layer {layer.layer} {said}, expected at most {norm_ratio:.2f} times."
-            measure = f"norm ratio of layer {layer.layer}"
+            message = f"mean |W| of layer {layer.name} {said}, expected at most {norm_ratio:.2f} times."
+            measure = f"norm ratio of layer {layer.name}"
             found.append(Alarm(event=NORM, measure=measure, value=ratio, threshold=norm_ratio, message=message))
     for age in report.ages:
         kept = age.retained

@@ -22,6 +22,7 @@ from flows import (
     console_inbox,
     console_keep,
     console_longrun,
+    console_memory,
     console_merge,
     console_moments,
     console_plan,
@@ -120,6 +121,7 @@ def submit(
     again: Annotated[bool, typer.Option("--again", help="Propose edits again that were refused or withdrawn before.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Propose edits although they are older than what they replace.")] = False,
     urgent: Annotated[bool, typer.Option("--urgent", help="Goes before everything that waits.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Answer from memory at once, until the next batch writes them.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Validate edits and leave the good ones in the stream's inbox. Bad records are refused one by one; the file is left as it is."""
@@ -144,6 +146,8 @@ def submit(
         out.print(f"{len(lines)} edits submitted to [bold]{opened.name}[/], {len(refused)} records refused{waiting}")
     if not lines:
         raise typer.Exit(InputError.exit_code)
+    if now:
+        console_memory.remember_waiting(settings, opened.name, as_json)
 
 
 def read_sources(files: Sequence[str], prompt: str | None, subject: str | None, target: str | None) -> Any:
@@ -204,7 +208,7 @@ def apply(
 ) -> None:
     """Write what waits in the inbox into the model, batch by batch; accepted versions become the champion."""
     settings, opened = open_here(stream)
-    waiting = lookup.count_pending(opened)
+    waiting = lookup.count_pending(opened) + len(opened.index.find_unwritten())
     if not waiting:
         if not dry_run:
             show_committed(settings, opened)
@@ -363,6 +367,7 @@ console_moments.add_commands(app)
 console_plan.add_commands(app)
 console_rebase.add_commands(app)
 console_adopt.add_commands(app)
+console_memory.add_commands(app)
 console_replay.add_commands(app)
 console_longrun.add_commands(app)
 console_erase.add_commands(app)

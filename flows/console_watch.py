@@ -77,7 +77,7 @@ def build_watch(facts: dict[str, Any]) -> RenderableType:
         ("locality", f"KL {kl}, agreement with the base {share(locality['agreement'])} over {locality['positions']} positions"),
         ("perplexity", f"{share(ratio)} times the base's on the probe"),
     ]
-    if cast := {f"layer {item['layer']}": item["norms"]["casting"] for item in facts["layers"] if item["norms"].get("casting")}:
+    if cast := {f"layer {name_layer(item)}": item["norms"]["casting"] for item in facts["layers"] if item["norms"].get("casting")}:
         rows.append(("cast", views.describe_casting(cast)))
     if ability := facts["ability"]:
         said = f"{share(ability['champion']['value'])} of {ability['champion']['edits']} questions, base {share(ability['base']['value'])}"
@@ -92,7 +92,7 @@ def build_watch(facts: dict[str, Any]) -> RenderableType:
         norms = item["norms"]
         shares = (share(norms[name]) for name in ("mean_abs_ratio", "frobenius_ratio", "spectral", "spectral_ratio"))
         condition = "–" if norms["condition"] is None else f"{norms['condition']:.1e}"
-        layers.add_row(str(item["layer"]), *shares, "–" if item["growth"] is None else f"{item['growth']:+.3f}", condition)
+        layers.add_row(name_layer(item), *shares, "–" if item["growth"] is None else f"{item['growth']:+.3f}", condition)
     ages = Table(box=None, pad_edge=False)
     for name in ("age in commits", "sampled", "when accepted", "now"):
         ages.add_column(name, justify="right")
@@ -100,3 +100,8 @@ def build_watch(facts: dict[str, Any]) -> RenderableType:
         ages.add_row(age["age"], str(age["retained"]["edits"]), share(age["immediate"]["value"]), share(age["retained"]["value"]))
     tables = [*(["", layers] if facts["layers"] else []), *(["", ages] if facts["ages"] else [])]
     return Group(views.build_pairs(rows), *tables)
+
+
+def name_layer(facts: dict[str, Any]) -> str:
+    """A layer as people read it: an adapter's with the module that it changes."""
+    return f"{facts['layer']}.{facts['part']}" if facts.get("part") else str(facts["layer"])

@@ -18,6 +18,7 @@ from registry.setbacks import list_aside, read_setbacks
 from registry.shared import get_base
 from registry.storage.base import Entry
 from registry.stream import Stream
+from registry.tiers import describe_tiers
 
 Facts = dict[str, Any]
 
@@ -38,6 +39,7 @@ def describe_status(settings: Settings, stream: Stream) -> Facts:
         "challenger": head.challenger,
         "champion_age_seconds": round((datetime.now(UTC) - champion.time).total_seconds()),
         "live": counts.get("live", 0),
+        "tiers": describe_tiers(stream),
         "pending": count_pending(stream),
         "quarantined": counts.get("quarantined", 0),
         "rejected": counts.get("rejected", 0),

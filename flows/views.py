@@ -65,6 +65,7 @@ def build_status(facts: Facts) -> RenderableType:
                 + (f"; commit {waiting} waits for [bold]errata approve[/]" if (waiting := facts["challenger"]) is not None else ""),
             ),
             ("live", str(facts["live"])),
+            *([("tiers", show_tiers(facts["tiers"]))] if facts["tiers"]["memory"] or facts["tiers"]["adapter"] else []),
             ("pending", f"{facts['pending']}" + (f" in {len(facts['waiting_files'])} files" if facts["waiting_files"] else "")),
             ("quarantined", f"{facts['quarantined']} quarantined, {facts['rejected']} rejected"),
             (
@@ -75,6 +76,14 @@ def build_status(facts: Facts) -> RenderableType:
             ("last commit", f"{last['commit']} ({last['kind']}, {escape(last['time'][:19])}): {show_seconds(last['seconds'])}"),
         ]
     )
+
+
+def show_tiers(tiers: Facts) -> str:
+    """Where live edits answer from."""
+    told = f"{tiers['weights']} in the weights, {tiers['adapter']} in the adapter, {tiers['memory']} in memory"
+    if not tiers["unconsolidated"]:
+        return told
+    return f"{told}; {tiers['unconsolidated']} nowhere else, the oldest for {show_age(tiers['oldest_seconds'])}"
 
 
 def build_log(rows: Sequence[Facts]) -> Table:

@@ -17,6 +17,7 @@ from registry.events import AcceptedCommit, Commit, InitCommit
 from registry.fold import ASIDE, EditRow, split_occurrence
 from registry.history import list_layers, list_named
 from registry.inbox import list_waiting
+from registry.objects import read_metadata
 from registry.rows import BatchRow, Outcome, Standing
 from registry.stream import Stream
 
@@ -276,24 +277,14 @@ def _list_keys(stream: Stream, wanted: Wanted, segments: set[str]) -> Iterable[s
 
 def _read_kind(data: bytes) -> str | None:
     """What a safetensors object of ours is; None for anything else."""
-    kind = _read_metadata(data).get("kind")
+    kind = read_metadata(data).get("kind")
     return None if kind is None else str(kind)
 
 
 def _list_owners(data: bytes) -> set[str]:
     """The edits that a safetensors object of ours names as owners of its rows."""
-    metadata = _read_metadata(data)
+    metadata = read_metadata(data)
     return {edit_id for part in (metadata, metadata.get("tail", {})) for ids in part.get("owners") or () for edit_id in ids}
-
-
-def _read_metadata(data: bytes) -> dict[str, Any]:
-    """What a safetensors object of ours says of itself; nothing for anything else."""
-    try:
-        length = int.from_bytes(data[:8], "little")
-        found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["errata"])
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _redact(

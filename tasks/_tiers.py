@@ -8,8 +8,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from errata.retrieval.routing import FLOOR
-
 from errata.candidates import store_artifact
 from errata.editors.adapters import LoraAdapter
 from errata.editors.memory import EditMemory, MemoryOptions
@@ -19,12 +17,12 @@ from errata.evaluation.probes import split_probes
 from errata.manifests import Layer, Manifest
 from errata.readers.files import read_edits
 from errata.retrieval.facts import Fact
+from errata.retrieval.routing import FLOOR
 from errata.settings import Settings
 from registry.fold import EditRow, split_occurrence
 from registry.stream import Stream
+from registry.tiers import ADAPTER, MEMORY, read_absorbed
 
-ADAPTER, MEMORY = "distillmike", "mike"
-"""What the layers above are called in a manifest, in order of application."""
 _VERSION = "1"
 _TOLD = 5
 """Edits that are named at most."""
@@ -61,7 +59,7 @@ def carry_above(settings: Settings, stream: Stream, head: Manifest, come: Sequen
         head: the manifest that it builds on.
         come, gone: what is live from it on, and not any more. An edit that only gets a pair is in both.
     """
-    absorbed = read_absorbed(stream, head)
+    absorbed = read_absorbed(stream, head.digest)
     same = {item.edit.content_id for item in come}
     lost = sorted({row.id for row in gone if row.content not in same} & absorbed)
     known = absorbed if not lost else frozenset[str]()
@@ -98,16 +96,8 @@ def forget_erased(settings: Settings, stream: Stream, head: Manifest, ids: Colle
     memory = _read_memory(stream, layer)
     if memory is None or not {split_occurrence(name)[0] for name in memory.stored_ids} & set(ids):
         return Above(head.above)
-    kept = _remember(settings, stream, head.base, (), (), read_absorbed(stream, head))
+    kept = _remember(settings, stream, head.base, (), (), read_absorbed(stream, head.digest))
     return Above((*_list(head.find_above(ADAPTER)), *_store(stream, kept, layer)))
-
-
-def read_absorbed(stream: Stream, manifest: Manifest) -> frozenset[str]:
-    """Ids of the edits that the adapter of a version has taken in."""
-    layer = manifest.find_above(ADAPTER)
-    if layer is None or layer.artifact is None:
-        return frozenset()
-    return frozenset(split_occurrence(name)[0] for name in LoraAdapter.from_bytes(stream.objects.get(layer.artifact)).absorbed)
 
 
 def recall_all(settings: Settings, stream: Stream, base: str, rows: Sequence[EditRow]) -> EditMemory:

@@ -12,14 +12,15 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from errata.candidates import load_artifacts
 from errata.distillation.distil import DistillReport, distil_lessons
+
+from errata.candidates import load_artifacts
 from errata.distillation.lessons import draw_lessons
 from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import Artifact
 from errata.editors.memory import EditMemory
 from errata.edits import Edit, digest_of
-from errata.errors import ErasedError, InputError, KeyMissingError
+from errata.errors import ErasedError, KeyMissingError
 from errata.evaluation.metrics import all_correct
 from errata.evaluation.scoring import score_targets
 from errata.gate import decide_whole
@@ -36,10 +37,11 @@ from registry.fold import split_occurrence
 from registry.history import is_accepted
 from registry.orders import DistillationOrder
 from registry.stream import Stream
+from registry.tiers import ADAPTER, read_absorbed
 from tasks._progress import show_progress
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
-from tasks._tiers import ADAPTER, put_adapter, read_absorbed, recall_all
+from tasks._tiers import put_adapter, recall_all
 from tasks.committing import commit_once, describe_writer, shorten_reasons
 from tasks.evaluating import measure_candidate
 
@@ -56,7 +58,7 @@ def order_distillation(stream: str, afresh: bool) -> str | None:
     """
     _, opened = open_named(stream)
     head, rows = opened.head, list(opened.index.find_rows("live"))
-    if not rows or (not afresh and read_absorbed(opened, read_manifest(opened, head.manifest)) >= {row.id for row in rows}):
+    if not rows or (not afresh and read_absorbed(opened, head.manifest) >= {row.id for row in rows}):
         return None
     live, start = tuple(row.occurrence for row in rows), None if afresh else find_start(opened)
     order = DistillationOrder(seq=head.seq + 1, parent=head.digest, manifest=head.manifest, accepted=head.accepted, live=live, start=start)

@@ -120,7 +120,7 @@ def _read_stream(settings: Settings, name: str) -> Iterator[Sample]:
 def _read_report(report: WatchReport) -> Iterator[Sample]:
     for layer in report.layers:
         # Not a number, rather than nothing: weights that are not finite must not look like a watch that has not come by.
-        yield "errata_weight_norm_ratio", str(layer.layer), _spell(layer.norms.mean_abs_ratio)
+        yield "errata_weight_norm_ratio", layer.name, _spell(layer.norms.mean_abs_ratio)
     for age in report.ages:
         yield "errata_retention", age.age, _spell(age.retained.value)
 

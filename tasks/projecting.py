@@ -26,6 +26,7 @@ from registry.marks import mark_shown
 from registry.models import CHALLENGER, CHAMPION, ModelRegistry
 from registry.release import Release, Version, resolve_tracking
 from registry.stream import Stream
+from registry.tiers import MEMORY
 from registry.verification import verify_logits
 from tasks._session import load_under, open_named, read_manifest
 from tasks._task import stage
@@ -144,6 +145,7 @@ def build_release(settings: Settings, stream: Stream, commit: AcceptedCommit, wo
         artifacts=[stream.objects.get(digest) for digest in manifest.artifacts],
         parts=[layer.parts for layer in manifest.layers if layer.artifact],
         read_part=stream.objects.get,
+        remembers=manifest.find_above(MEMORY) is not None,
         counts=counts,
         parameters=parameters,
         metrics=metrics | {f"seconds.{name}": value for name, value in commit.seconds.items()},

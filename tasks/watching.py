@@ -61,7 +61,6 @@ def measure_champion(stream: str) -> WatchReport:
     registry = open_registry(settings)
     version, shown = registry.find_version(opened.name, head.champion), registry.champion(opened.name)
     points = read_points(opened, head.champion)
-    layers = {model.base.layout.weight_name(layer): layer for layer in model.profile.prepare.layers}
     report = WatchReport(
         stream=opened.name,
         time=moment.isoformat(),
@@ -72,7 +71,9 @@ def measure_champion(stream: str) -> WatchReport:
         shown=shown.commit if shown else None,
         live=opened.index.counts().get("live", 0),
         layers=tuple(
-            LayerWatch(layer=layers[norms.weight], norms=norms, growth=find_growth(points.get(norms.weight, {}))) for norms in found.norms
+            LayerWatch(layer=layer, part=part, norms=norms, growth=find_growth(points.get(norms.weight, {})))
+            for norms in found.norms
+            for layer, part in [model.base.layout.split_name(norms.weight)]
         ),
         ages=tuple(
             summarise_age(age, [Remembered(row.id, immediate.get(row.occurrence), retained[row]) for row in sample])
@@ -203,7 +204,7 @@ def list_rows(report: WatchReport) -> list[dict[str, str | float | None]]:
     for item in report.layers:
         said = f"×{item.norms.frobenius_ratio or 0:.3f} Frobenius, condition {item.norms.condition or 0:.1e}"
         said += f", cast {cast.error:.1%} off" if (cast := item.norms.casting) else ""
-        rows.append({"what": f"norm of layer {item.layer}", "before": 1.0, "now": item.norms.mean_abs_ratio, "more": said})
+        rows.append({"what": f"norm of layer {item.name}", "before": 1.0, "now": item.norms.mean_abs_ratio, "more": said})
     for age in report.ages:
         said = f"{age.retained.edits} edits"
         rows.append({"what": f"retention at age {age.age}", "before": age.immediate.value, "now": age.retained.value, "more": said})

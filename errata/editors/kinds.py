@@ -2,6 +2,7 @@
 
 from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import Artifact, Fetch, WeightDelta, read_kind
+from errata.editors.memory import EditMemory
 from errata.editors.neurons import NeuronPatch
 from errata.errors import FormatError
 
@@ -22,4 +23,6 @@ def load_artifact(data: bytes, fetch: Fetch) -> Artifact:
         return NeuronPatch.from_bytes(data, fetch)
     if kind == "lora_adapter":
         return LoraAdapter.from_bytes(data)
+    if kind == "edit_memory":
+        return EditMemory.from_bytes(data, fetch)
     raise FormatError(f"expected an artifact, found {kind!r}: written by a newer Errata?")

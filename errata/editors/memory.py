@@ -161,6 +161,7 @@ class EditMemory:
         metadata = {
             "base": self.base,
             "options": asdict(self.options),
+            "count": len(self.facts),
             "blocks": list(self.closed),
             "pool": list(self.pool),
             "gone": sorted(self.gone),

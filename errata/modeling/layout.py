@@ -60,6 +60,12 @@ class ModelLayout:
         """Full parameter name of the edited weight of `layer`."""
         return f"{self.blocks}.{layer}.{self.projection}.weight"
 
+    def split_name(self, name: str) -> tuple[int, str]:
+        """The layer that a parameter belongs to, and which of its modules: empty for the one that edits are written into."""
+        layer, _, rest = name.removeprefix(f"{self.blocks}.").partition(".")
+        module = rest.removesuffix(".weight")
+        return int(layer), "" if module == self.projection else module
+
     def read_weight(self, model: PreTrainedModel, layer: int) -> torch.Tensor:
         """The edited weight as [d_out, d_in], a view of the parameter."""
         weight = model.get_parameter(self.weight_name(layer)).detach()

@@ -96,6 +96,7 @@ def make_release(base: Base, model_folder: Path, tmp_path: Path) -> Callable[...
     def make(commit: int, *artifacts: WeightDelta) -> Release:
         return Release(
             parts=[()] * len(artifacts),
+            remembers=False,
             read_part={}.__getitem__,
             stream="facts",
             commit=commit,
