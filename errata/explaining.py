@@ -10,15 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import Artifact
 from errata.editors.base import Pairs
+from errata.editors.memory import EditMemory
 from errata.editors.neurons import Firing, NeuronPatch
 from errata.evaluation.generation import continue_prompt
 from errata.evaluation.scoring import score_rows
 from errata.modeling.loading import Base
 from errata.modeling.offload import read_parameter
 from errata.modeling.patch import attach
+from errata.modeling.queries import encode_queries
 from errata.modeling.trace import trace_inputs
+from errata.retrieval.routing import Route
 
 SHOWN = 5
 """Edits with the nearest keys that are named."""
@@ -73,6 +77,10 @@ class Explanation:
     token: int | None
     """Of the prompt: where `pushes` are measured, which is where it comes nearest to a pair, or its end; None without deltas."""
     pushes: tuple[Push, ...]
+    route: Route | None
+    """What memory made of the prompt; None without one."""
+    absorbed: frozenset[str]
+    """Ids of the edits that an adapter has taken in. It cannot be said which of them made it answer."""
 
 
 @torch.inference_mode()
@@ -93,8 +101,11 @@ def explain_answer(
     """
     layout = base.layout
     names = {layout.weight_name(layer): layer for layer in range(layout.count_layers(base.model))}
-    deltas = {names[name]: delta for artifact in artifacts for name, delta in artifact.deltas.items()}
+    written = [artifact for artifact in artifacts if not isinstance(artifact, LoraAdapter)]
+    deltas = {names[name]: delta for artifact in written for name, delta in artifact.deltas.items()}
     patch = next((artifact for artifact in artifacts if isinstance(artifact, NeuronPatch)), None)
+    memory = next((artifact for artifact in artifacts if isinstance(artifact, EditMemory)), None)
+    adapter = next((artifact for artifact in artifacts if isinstance(artifact, LoraAdapter)), None)
     edited: dict[str, nn.Module] = {f"edited {layer}": layout.projection_of(base.model, layer) for layer in deltas}
     heard = {"heard": layout.mlp_of(base.model, patch.layer)} if patch else {}
     with attach(base, artifacts):
@@ -105,6 +116,9 @@ def explain_answer(
             (after,) = score_rows(base, [row])
     with trace_inputs(edited, lambda inputs: inputs[0].float()) as plain:
         (before,) = score_rows(base, [row])
+    (bare,) = encode_queries(base, [prompt], max_new_tokens)
+    if bare != fed:  # what the base says, which nobody tells the fact
+        (before,) = score_rows(base, [((*bare, *ids[:-1]), tuple(ids))])
     firings: Sequence[Firing | None] = [None] * len(ids)
     if patch:
         firings = patch.place_on(base.device).explain(met["heard"][len(fed) - 1 :])
@@ -122,6 +136,8 @@ def explain_answer(
         near=tuple(near),
         token=token,
         pushes=tuple(pushes),
+        route=memory.route([prompt])[0] if memory else None,
+        absorbed=frozenset(map(find_edit, adapter.absorbed)) if adapter else frozenset(),
     )
 
 
@@ -151,7 +167,14 @@ def list_edits(explanation: Explanation) -> list[str]:
     """Ids of every edit that an explanation names, each once."""
     places = [place for said in explanation.said if said.firing for place in (said.firing.place, said.firing.rival) if place]
     named = [*(place.edits for place in places), *(near.edits for near in explanation.near)]
+    named += [(find_edit(name),) for name in explanation.route.scores] if explanation.route else []
+    named += [(find_edit(explanation.route.fact.id),)] if explanation.route and explanation.route.fact else []
     return list(dict.fromkeys(chain.from_iterable(named)))
+
+
+def find_edit(occurrence: str) -> str:
+    """The id of the edit that a fact of a stream's memory is of."""
+    return occurrence.rpartition("@")[0] or occurrence
 
 
 def _measure_push(base: Base, layer: int, delta: torch.Tensor, met: torch.Tensor) -> float:

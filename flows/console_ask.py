@@ -83,7 +83,35 @@ def build_reasons(row: Facts) -> RenderableType:
         shares = ", ".join(f"layer {layer} {share:.3f}" for layer, share in row["deltas"].items())
         parts += ["", f"at {at}, the edits add to what the weights say (‖ΔW k‖ / ‖W0 k‖): {shares}"]
         parts += [f"nearest of {row['compared']} live keys:", _build_near(row["near"])]
+    if row["memory"]:
+        parts += ["", *_build_route(row["memory"])]
+    if row["absorbed"]:
+        parts += ["", f"an adapter that has taken in {row['absorbed']} edits is on the weights"]
     return Group(*parts)
+
+
+_CASES = {
+    1: "the prompt is that of a live edit",
+    2: "it names one fact's subject",
+    3: "it names several facts' subjects",
+    4: "it names none",
+}
+
+
+def _build_route(memory: Facts) -> list[RenderableType]:
+    """What memory made of a prompt."""
+    names = f" ({escape(', '.join(memory['names']))})" if memory["names"] else ""
+    answer = f"put before it: {_spell_edit(memory['fact'])}" if memory["fact"] else "nothing was put before it"
+    parts: list[RenderableType] = [f"memory, case {memory['case']}: {_CASES[memory['case']]}{names}; {answer}"]
+    if memory["scores"]:
+        floor = "" if memory["floor"] is None else f", at least {memory['floor']:.3f} wanted"
+        table = Table(box=None, pad_edge=False)
+        table.add_column(f"similarity{floor}", justify="right")
+        table.add_column("edit", overflow="fold")
+        for score in memory["scores"][:5]:
+            table.add_row(f"{score['similarity']:.3f}", _spell_edit(score["edit"]))
+        parts.append(table)
+    return parts
 
 
 def _build_near(rows: Sequence[Facts]) -> Table:

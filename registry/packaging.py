@@ -36,9 +36,8 @@ _SIGNATURE = ModelSignature(
 def build_model(work: Path, release: Release, reference: Mapping[str, str | None], parts: str | None, run_id: str, model_id: str) -> Path:
     """The version's folder in MLflow's format: the record and artifacts of the commit, and code that loads them anywhere."""
     folder = work / "model"
-    _save_model(
-        work, folder, {"version": str(write_version(work, release, reference, parts))}, Model(run_id=run_id, model_id=model_id), release
-    )
+    version = write_version(work, release, reference, parts)
+    _save_model(work, folder, {"version": str(version)}, Model(run_id=run_id, model_id=model_id), release)
     return folder
 
 

@@ -21,8 +21,8 @@ def read_absorbed(stream: Stream, manifest: str) -> frozenset[str]:
 
 
 def describe_tiers(stream: Stream) -> dict[str, Any]:
-    """How many live edits of the newest accepted version are in its weights, its adapter and its memory (an edit may be in several), how many
-    are in memory only, and how long the oldest of those has been."""
+    """How many live edits of the newest accepted version are in its weights, its adapter and its memory (an edit may be in several), how
+    many are in memory only, and how long the oldest of those has been."""
     unwritten = stream.index.find_unwritten()
     absorbed = read_absorbed(stream, stream.head.manifest)
     waiting = [row for row in unwritten if row.id not in absorbed]

@@ -6,12 +6,14 @@ from math import exp
 from typing import Any
 
 from errata.candidates import load_artifacts, read_blocks
+from errata.editors.adapters import LoraAdapter
 from errata.editors.neurons import Firing, Place
 from errata.errors import ErasedError
 from errata.evaluation.generation import generate_answers
-from errata.explaining import Explanation, Said, explain_answer, list_edits
+from errata.explaining import Explanation, Said, explain_answer, find_edit, list_edits
 from errata.manifests import Manifest, PairRef
 from errata.modeling.patch import attach
+from errata.retrieval.routing import Route
 from errata.settings import Settings
 from registry.stream import Stream
 from registry.undoing import list_served
@@ -39,8 +41,8 @@ def explain_prompts(settings: Settings, stream: Stream, prompts: Sequence[str], 
     artifacts = load_artifacts(stream.objects, manifest)
     limits = {"max_new_tokens": max_new_tokens, "batch_tokens": settings.evaluate.batch_tokens}
     answers = generate_answers(model.base, prompts, **limits)
-    reads = any(artifact.deltas for artifact in artifacts)
-    refs = [PairRef(pairs=served.pairs, row=served.line) for served in list_served(stream)] if reads else []
+    reads = any(artifact.deltas for artifact in artifacts if not isinstance(artifact, LoraAdapter))
+    refs = [PairRef(pairs=served.pairs, row=served.line) for served in list_served(stream) if served.pairs] if reads else []
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
         with show_progress("comparing keys") as on_progress:
@@ -60,7 +62,9 @@ def spell_explanation(stream: Stream, found: Explanation) -> Facts:
 
     `tokens`: of the answer, each with its probability, that of the base, and, where the version has `neurons`, what its neuron did:
     `fired`, `tombstone` or `none`. `near`: pairs by the cosine of their keys with the prompt's, of `compared` ones. `deltas`: per layer
-    ‖ΔW k‖ / ‖W0 k‖ at the token `at`.
+    ‖ΔW k‖ / ‖W0 k‖ at the token `at`. `memory`: how the prompt was routed, null without a memory: its `case`, the `fact` that was put before
+    it, the similarity of each fact that was compared, the `floor` they were to reach, and the subjects it `names`. `absorbed`: how many
+    edits the adapter has taken in.
     """
     edits = {edit_id: spell_edit(stream, edit_id) for edit_id in list_edits(found)}
     return {
@@ -79,6 +83,8 @@ def spell_explanation(stream: Stream, found: Explanation) -> Facts:
         ],
         "at": None if found.token is None else {"token": found.token, "text": found.prompt[found.token]},
         "deltas": {str(push.layer): push.share for push in found.pushes},
+        "memory": _spell_route(found.route, edits) if found.route else None,
+        "absorbed": len(found.absorbed),
     }
 
 
@@ -108,6 +114,17 @@ def _spell_firing(firing: Firing, edits: dict[str, Facts]) -> Facts:
         "added": firing.added,
         "margin": firing.margin if firing.rival else None,
         "rival": _spell_place(firing.rival, edits) if firing.rival else None,
+    }
+
+
+def _spell_route(route: Route, edits: dict[str, Facts]) -> Facts:
+    scores = sorted(route.scores.items(), key=lambda item: -item[1])
+    return {
+        "case": route.case,
+        "fact": edits[find_edit(route.fact.id)] if route.fact else None,
+        "scores": [{"edit": edits[find_edit(name)], "similarity": score} for name, score in scores],
+        "floor": route.floor,
+        "names": list(route.names),
     }
 
 
