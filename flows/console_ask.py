@@ -92,9 +92,9 @@ def build_reasons(row: Facts) -> RenderableType:
 
 _CASES = {
     1: "the prompt is that of a live edit",
-    2: "it names one fact's subject",
-    3: "it names several facts' subjects",
-    4: "it names none",
+    2: "it names the subject of one fact",
+    3: "it names subjects of several facts",
+    4: "it names no subject",
 }
 
 

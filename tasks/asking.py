@@ -62,9 +62,9 @@ def spell_explanation(stream: Stream, found: Explanation) -> Facts:
 
     `tokens`: of the answer, each with its probability, that of the base, and, where the version has `neurons`, what its neuron did:
     `fired`, `tombstone` or `none`. `near`: pairs by the cosine of their keys with the prompt's, of `compared` ones. `deltas`: per layer
-    ‖ΔW k‖ / ‖W0 k‖ at the token `at`. `memory`: how the prompt was routed, null without a memory: its `case`, the `fact` that was put before
-    it, the similarity of each fact that was compared, the `floor` they were to reach, and the subjects it `names`. `absorbed`: how many
-    edits the adapter has taken in.
+    ‖ΔW k‖ / ‖W0 k‖ at the token `at`. `memory`: how the prompt was routed, null without a memory: its `case`, the `fact` that was put
+    before it, the similarity of each fact that was compared, the `floor` they were to reach, and the subjects it `names`. `absorbed`: how
+    many edits the adapter has taken in.
     """
     edits = {edit_id: spell_edit(stream, edit_id) for edit_id in list_edits(found)}
     return {
