@@ -122,7 +122,7 @@ def test_a_commit_under_another_number_is_noticed(storage: Storage) -> None:
     ("data", "message"),
     [
         (b'{"format":2,"kind":"edits","versions":{"errata":"0.9.0"}}', "format 1 or older, found 2; it was written by errata 0.9.0"),
-        (b'{"format":1,"kind":"distillation","versions":{"errata":"0.3.0"}}', "found 'distillation'; it was written by errata 0.3.0"),
+        (b'{"format":1,"kind":"prophecy","versions":{"errata":"0.3.0"}}', "found 'prophecy'; it was written by errata 0.3.0"),
         (b'{"format":1,"kind":"edits"}', "Field required"),
         (b'{"kind":"edits"}', "format number"),
         (b'{"format":1,', "expected JSON"),
