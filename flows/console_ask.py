@@ -64,7 +64,7 @@ def trace(
 def build_reasons(row: Facts) -> RenderableType:
     """Why the champion answers a prompt as it does."""
     parts: list[RenderableType] = [f"[bold]{escape(row['prompt'])}[/] → {escape(row['champion'])}"]
-    if not row["neurons"] and not row["deltas"]:
+    if not any(row[name] for name in ("neurons", "deltas", "memory", "absorbed")):
         return Group(*parts, "no edit is live: the champion is the base")
     tokens = Table(box=None, pad_edge=False)
     for name in ("token", "prob.", "base"):

@@ -30,7 +30,9 @@ def trace_champion(stream: str, sample: int | None, seed: int) -> TraceSummary:
     begun = time.perf_counter()
     manifest = read_champion(opened)
     model = load_under(settings, opened, manifest)
-    artifacts, served = load_artifacts(opened.objects, manifest), list_served(opened)
+    # Only what is written is switched off pair by pair: a memory says itself which fact it used, and an adapter cannot be taken apart.
+    artifacts = load_artifacts(opened.objects, manifest.model_copy(update={"layers": manifest.layers[:1]}))
+    served = [each for each in list_served(opened) if each.pairs]
     chosen = choose_sample(artifacts[-1] if artifacts else None, served, sample, seed)
     chosen.sort(key=lambda each: (each.row.seq, each.row.position))
     edits = {edit.edit_id: edit for edit in opened.read_edits(each.row for each in chosen)}

@@ -34,7 +34,7 @@ def export_folder(base: Base, artifacts: Sequence[Attachable], target: Path, not
     check_target(target)
     if any(not artifact.deltas for artifact in artifacts):
         raise InputError(
-            "export: expected edits that are written into weights, found neurons beside them, which no plain model folder can hold: "
+            "export: expected edits that are written into weights, found neurons or a memory, which no plain model folder can hold: "
             "`errata export --pyfunc` writes a folder that `mlflow.pyfunc.load_model` loads anywhere"
         )
     place = target.absolute()
