@@ -173,7 +173,7 @@ class FactStore:
                 routes.append(Route(2, self._facts[facts[0]], names=_list_names(matches)))
             else:
                 routes.append(None)
-                compared[place] = matches, [(self._facts[id], _spell_asked(query, matches, id)) for id in facts]
+                compared[place] = matches, [(self._facts[id], spell_asked(query, matches, id)) for id in facts]
         scores = iter(self._score([pair for _, pairs in compared.values() for pair in pairs]))
         for place, (matches, pairs) in compared.items():
             found = {fact.id: score for (fact, _), score in zip(pairs, scores, strict=False)}
@@ -185,7 +185,7 @@ class FactStore:
         return [route for route in routes if route is not None]
 
     def _score(self, pairs: Sequence[tuple[Fact, str]]) -> list[float]:
-        """Similarity of facts with what `_spell_asked` makes of a query."""
+        """Similarity of facts with what `spell_asked` makes of a query."""
         if not pairs:
             return []
         missing = {fact.prompt: spell_relation(fact) for fact, _ in pairs if fact.prompt not in self._vectors}
@@ -224,7 +224,7 @@ def find_floor(in_scope: Sequence[float], out_of_scope: Sequence[float]) -> floa
     return float((lower[widest] + upper[widest]) / 2)
 
 
-def _spell_asked(query: str, matches: Sequence[Match], id: str) -> str:
+def spell_asked(query: str, matches: Sequence[Match], id: str) -> str:
     """What a query is compared by with this fact: from the sentence on that names its subject last, with the neutral word for each such
     name. What stands before that sentence asks nothing about the subject."""
     own = [match for match in matches if id in match.ids]
