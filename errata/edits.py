@@ -9,7 +9,17 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, BinaryIO, Literal, cast
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 SLOT = "{}"
 MAX_TEXT = 4_000
@@ -94,6 +104,8 @@ class Edit(BaseModel):
     """Exactly one `{}` where the subject stands."""
     target_new: Text
     target_true: Text | None = None
+    aliases: tuple[Text, ...] = ()
+    """Other names of the subject, by which the edit memory finds the fact."""
     paraphrase_prompts: tuple[Text, ...] = ()
     neighborhood_prompts: Annotated[tuple[Probe, ...], _probes_of("neighborhood")] = ()
     portability_prompts: Annotated[tuple[Probe, ...], _probes_of("portability")] = ()
@@ -112,12 +124,19 @@ class Edit(BaseModel):
             data = {**data, "neighborhood_prompts": probes}
         return data
 
+    @model_serializer(mode="wrap")
+    def _omit_no_aliases(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Rows from before there were aliases keep their bytes."""
+        content: dict[str, Any] = spell(self)
+        return content if self.aliases else {name: value for name, value in content.items() if name != "aliases"}
+
     @model_validator(mode="after")
     def _check_slot(self) -> "Edit":
         count = self.prompt.count(SLOT)
         if count != 1:
             raise ValueError(f"prompt: expected exactly one '{{}}' where the subject stands, found {count} in {self.prompt[:80]!r}")
         others = {"subject": self.subject, "target_new": self.target_new}
+        others |= {f"aliases[{i}]": text for i, text in enumerate(self.aliases)}
         others |= {f"paraphrase_prompts[{i}]": text for i, text in enumerate(self.paraphrase_prompts)}
         others |= {f"neighborhood_prompts[{i}].prompt": probe.prompt for i, probe in enumerate(self.neighborhood_prompts)}
         others |= {f"portability_prompts[{i}].prompt": probe.prompt for i, probe in enumerate(self.portability_prompts)}

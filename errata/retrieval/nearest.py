@@ -18,8 +18,8 @@ from errata.retrieval.index import build_cells, has_faiss, rank_rows, score_rows
 
 CELLS_FROM = 100_000
 """Facts on a CPU from which faiss answers, if it is installed (`python -m benchmarks.retrieval`)."""
-_CELLS_PER_ROOT = 4
-"""Centres are so many times the square root of the number of facts, the usual choice for inverted files."""
+_CELLS_PER_ROOT = 2
+"""Centres are so many times the square root of the number of facts. More would be learnt too slowly without a GPU."""
 _PROBED = 64
 _SPARE = 32
 """Candidates that faiss is asked for beyond those wanted: its vectors are halves, and what was removed is among them no more."""

@@ -9,11 +9,12 @@ A subject that is named need not be asked about what was edited: "Danielle Darri
 edited. With `scope = "guarded"` a fact is taken in cases 2 and 3 only if it is similar enough; `"paper"` asks nothing. Case 1 is sure.
 
 Similarity is the cosine of query and rewrite prompt with the subject's name replaced by one neutral word in both, so that the relation
-decides and not the name. Facts are encoded when they are first compared, by template; case 1, case 4 and, in `paper`, case 2 compare
-nothing.
+decides and not the name; of the query only what stands from the sentence with that name on. Facts are encoded when they are first
+compared, by template; case 1, case 4 and, in `paper`, case 2 compare nothing.
 This module travels inside every MLflow version.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,9 +29,11 @@ from errata.retrieval.subjects import Match, SubjectIndex, fold_text
 Scope = Literal["guarded", "paper"]
 Case = Literal[1, 2, 3, 4]
 
-PLACEHOLDER = "it"
+PLACEHOLDER = "X"
 """Stands for a subject where texts are compared."""
-FLOOR = 0.5
+_SENTENCE_END = re.compile("(?<=\\w\\w\\w)[.!?]+[\"'”’)\\]]*\\s+|\\n+|[。！？]")
+"""After a word of three letters at least: "St.", "Dr." and initials end no sentence."""
+FLOOR = 0.645
 """Similarity from which a fact is asked for."""
 
 
@@ -170,7 +173,7 @@ class FactStore:
                 routes.append(Route(2, self._facts[facts[0]], names=_list_names(matches)))
             else:
                 routes.append(None)
-                compared[place] = matches, [(self._facts[id], _mask(query, matches, id)) for id in facts]
+                compared[place] = matches, [(self._facts[id], spell_asked(query, matches, id)) for id in facts]
         scores = iter(self._score([pair for _, pairs in compared.values() for pair in pairs]))
         for place, (matches, pairs) in compared.items():
             found = {fact.id: score for (fact, _), score in zip(pairs, scores, strict=False)}
@@ -182,7 +185,7 @@ class FactStore:
         return [route for route in routes if route is not None]
 
     def _score(self, pairs: Sequence[tuple[Fact, str]]) -> list[float]:
-        """Similarity of facts with masked queries."""
+        """Similarity of facts with what `spell_asked` makes of a query."""
         if not pairs:
             return []
         missing = {fact.prompt: spell_relation(fact) for fact, _ in pairs if fact.prompt not in self._vectors}
@@ -221,12 +224,17 @@ def find_floor(in_scope: Sequence[float], out_of_scope: Sequence[float]) -> floa
     return float((lower[widest] + upper[widest]) / 2)
 
 
-def _mask(query: str, matches: Sequence[Match], id: str) -> str:
-    """The query with the neutral word wherever it names the subject of this fact."""
-    for match in reversed(matches):
-        if id in match.ids:
-            query = query[: match.start] + PLACEHOLDER + query[match.end :]
-    return query
+def spell_asked(query: str, matches: Sequence[Match], id: str) -> str:
+    """What a query is compared by with this fact: from the sentence on that names its subject last, with the neutral word for each such
+    name. What stands before that sentence asks nothing about the subject."""
+    own = [match for match in matches if id in match.ids]
+    begin = max((end.end() for end in _SENTENCE_END.finditer(query, 0, own[-1].start)), default=0)
+    text, last = "", begin
+    for match in own:
+        if match.start >= begin:
+            text += query[last : match.start] + PLACEHOLDER
+            last = match.end
+    return text + query[last:]
 
 
 def _list_names(matches: Sequence[Match]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from errata.edits import Refusal, Submission
+from errata.edits import Edit, Refusal, Submission, canonical_json, spell_submission
 from errata.errors import InputError
 from errata.readers.files import read_edits, read_lines
 from errata.readers.foreign import open_slot
@@ -188,7 +188,7 @@ def test_a_subject_that_is_not_in_its_prompt_is_refused() -> None:
             "targetnew",
             "unknown field 'targetnew'; did you mean 'target_new'?",
         ),
-        ({**OURS, "colour": "red"}, "colour", "unknown field 'colour'; expected one of again, force, id"),
+        ({**OURS, "colour": "red"}, "colour", "unknown field 'colour'; expected one of again, aliases, force, id"),
         ({**OURS, "id": "a b"}, "id", "expected a name without white space"),
         ({**OURS, "id": "x" * 201}, "id", "expected 1 to 200 characters, found 201"),
         (
@@ -363,3 +363,24 @@ def test_the_fields_data_sets_are_read_whole(name: str, count: int) -> None:
         written_out = record["prompt"].replace("{}", record["subject"])
         assert result.edit.rewrite_prompt.split() == written_out.split()
         assert result.edit.target_new == record["target_new"].strip()
+
+
+def test_aliases_are_read_and_are_no_part_of_who_an_edit_is() -> None:
+    (found,) = read_edits(io.BytesIO(json.dumps({**OURS, "aliases": ["  Ada L.", "Lovelace"]}).encode()), "edits.jsonl")
+    assert isinstance(found, Submission) and found.edit.aliases == ("Ada L.", "Lovelace")
+    plain = Edit.model_validate(OURS)
+    assert (found.edit.edit_id, found.edit.slot) == (plain.edit_id, plain.slot)
+    assert json.loads(spell_submission(found))["aliases"] == ["Ada L.", "Lovelace"]
+    assert Edit.model_validate(found.edit.model_dump(mode="json")) == found.edit
+    for wrong, reason in ((["{}"], "aliases[0]: expected full text"), ([" "], "expected some text"), ("Ada", "aliases: expected a list")):
+        (refused,) = read_edits(io.BytesIO(json.dumps({**OURS, "aliases": wrong}).encode()), "edits.jsonl")
+        assert isinstance(refused, Refusal) and reason in str(refused)
+
+
+def test_an_edit_without_aliases_keeps_the_bytes_it_had_before_there_were_any() -> None:
+    stored = (
+        b'{"id":null,"neighborhood_prompts":[],"note":null,"paraphrase_prompts":[],"portability_prompts":[],"prompt":"{} lives in",'
+        b'"relation_id":null,"source":null,"subject":"Ada","submitted_at":null,"target_new":"Rome","target_true":null}'
+    )
+    assert canonical_json(Edit.model_validate(OURS)) == stored
+    assert canonical_json(Edit.model_validate_json(stored).model_dump(mode="json")) == stored
