@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import Artifact
 from errata.editors.base import Pairs
 from errata.editors.neurons import Firing, NeuronPatch
@@ -93,7 +94,9 @@ def explain_answer(
     """
     layout = base.layout
     names = {layout.weight_name(layer): layer for layer in range(layout.count_layers(base.model))}
-    deltas = {names[name]: delta for artifact in artifacts for name, delta in artifact.deltas.items()}
+    # An adapter was trained and not solved from pairs: it has no keys to compare with.
+    solved = [artifact for artifact in artifacts if not isinstance(artifact, LoraAdapter)]
+    deltas = {names[name]: delta for artifact in solved for name, delta in artifact.deltas.items()}
     patch = next((artifact for artifact in artifacts if isinstance(artifact, NeuronPatch)), None)
     edited: dict[str, nn.Module] = {f"edited {layer}": layout.projection_of(base.model, layer) for layer in deltas}
     heard = {"heard": layout.mlp_of(base.model, patch.layer)} if patch else {}

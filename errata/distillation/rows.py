@@ -30,7 +30,9 @@ class Row(NamedTuple):
 
 
 def list_rows(lessons: Sequence[Lesson]) -> list[Row]:
-    return [Row(lesson, target) for lesson in lessons for target in lesson.candidates]
+    """Candidates that differ in their last token only are one row: it is predicted and not fed, so they are read alike."""
+    distinct = ((lesson, {target[:-1]: target for target in reversed(lesson.candidates)}) for lesson in lessons)
+    return [Row(lesson, target) for lesson, targets in distinct for target in reversed(targets.values())]
 
 
 def batch_by_length(fed: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:

@@ -85,7 +85,7 @@ def measure_distance(student: Student, teacher: Teacher, rows: Sequence[Row], in
     for batch in batch_by_length([rows[index].asked for index in indices], options.batch_tokens):
         chosen = [indices[place] for place in batch]
         found = diverge(teacher.read(chosen, student.device), student.answer([rows[index] for index in chosen]), options.temperature)
-        values = iter(found.double().tolist())
+        values = iter(found.double().clamp(min=0).tolist())  # rounding makes that of equal distributions slightly negative
         for index in chosen:
             sums[rows[index].lesson.in_scope] += [next(values) for _ in rows[index].target]
     inside, outside = (sum(sums[scope]) / len(sums[scope]) if sums[scope] else None for scope in (True, False))

@@ -25,6 +25,7 @@ from errata.distillation.student import seat_student
 from errata.distillation.teacher import ask_teacher
 from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import Artifact, WeightDelta
+from errata.editors.ireva.editor import IReVa
 from errata.edits import Edit
 from errata.errors import BaseMismatchError, EditorError, InputError
 from errata.evaluation.probes import split_probes
@@ -32,6 +33,7 @@ from errata.modeling.loading import Base, digest_model, load_base
 from errata.modeling.patch import attach
 from errata.modeling.tokens import encode_prompt
 from errata.monitors.locality import PROBE_TEXTS
+from errata.profiles import GateOptions, NeuronOptions, NeuronProfile
 from errata.retrieval.demonstrations import spell_context
 from errata.retrieval.facts import Fact
 
@@ -176,6 +178,15 @@ class TestLessons:
         drawn = draw_lessons(edits, remember(base, edits[1:]), base.tokenizer, 0)
         assert edits[0].rewrite_prompt in drawn.unrouted and len(drawn.unrouted) == 3
         assert not [lesson for lesson in drawn.lessons if edits[0].subject in lesson.prompt]
+
+
+def test_what_is_read_alike_is_read_once() -> None:
+    targets = ((5,), (6,), (7, 8), (7, 9), (6, 8))
+    lesson = Lesson("e", "rewrite", "", True, (1, 2), (3, 1, 2), targets)
+    rows = list_rows([lesson])
+    assert [row.target for row in rows] == [(5,), (7, 8), (6, 8)]
+    assert [row.asked for row in rows] == [(1, 2), (1, 2, 7), (1, 2, 6)]
+    assert [row.taught for row in rows] == [(3, 1, 2), (3, 1, 2, 7), (3, 1, 2, 6)]
 
 
 class TestDivergence:
@@ -396,6 +407,25 @@ class TestStudent:
         with pytest.raises(BaseMismatchError, match="artifact is for the base"):
             distil_lessons(base, [stranger], lessons, OPTIONS, tmp_path, [])
 
+    def test_on_top_of_neurons_it_starts_as_they_answer(self, base: Base, lessons: list[Lesson]) -> None:
+        """They answer at the target's positions, where a decoder would meet them."""
+        edits = write_edits()
+        editor = IReVa(NeuronProfile(base=base.digest, prepare=NeuronOptions(layer=1), solve=GateOptions()), base.layout)
+        pairs = editor.prepare(base, edits).pairs
+        assert pairs is not None
+        patch = editor.solve(editor.merge(editor.empty_state(), pairs, None))
+        assert patch is not None
+        rows = list_rows([lesson for lesson in lessons if lesson.kind == "rewrite"])
+        asked, counts = [row.asked for row in rows], [len(row.target) for row in rows]
+        with torch.inference_mode(), attach(base, [patch]):
+            expected = read_spans(base, asked, counts)
+        with torch.inference_mode():
+            assert not torch.allclose(read_spans(base, asked, counts), expected, atol=1)
+        with seat_student(base, [patch], OPTIONS) as student:
+            assert torch.allclose(student.answer(rows), expected, atol=1e-4)
+            student.practise(rows).sum().backward()
+            assert all(factor.grad is not None for factor in student.factors.values())
+
     def test_dropout_is_in_training_only(self, base: Base, lessons: list[Lesson]) -> None:
         rows = list_rows(lessons)[:4]
         with seat_student(base, [], OPTIONS.model_copy(update={"dropout": 0.5})) as student:
@@ -446,7 +476,7 @@ distil_lessons(load_base(folder, device="cpu"), *pickle.loads(Path(request).read
     def test_killed_at_any_step_it_ends_with_the_same_bits(self, base: Base, lessons: list[Lesson], tmp_path: Path) -> None:
         """With dropout, so that the random state counts, too: killed before the first checkpoint, interrupted at the end of an epoch, and
         killed in the middle of one."""
-        options = OPTIONS.model_copy(update={"dropout": 0.2, "epochs": 4, "checkpoint_steps": 3})
+        options = OPTIONS.model_copy(update={"dropout": 0.2, "epochs": 4, "checkpoint_steps": 3, "batch_tokens": 32})
         beneath: list[Artifact] = [make_delta(base)]
         (tmp_path / "request").write_bytes(pickle.dumps((beneath, lessons, options)))
         whole = distil_lessons(base, beneath, lessons, options, tmp_path / "whole", ["e@1"])
