@@ -101,8 +101,9 @@ def explain_answer(
     """
     layout = base.layout
     names = {layout.weight_name(layer): layer for layer in range(layout.count_layers(base.model))}
-    written = [artifact for artifact in artifacts if not isinstance(artifact, LoraAdapter)]
-    deltas = {names[name]: delta for artifact in written for name, delta in artifact.deltas.items()}
+    # An adapter was trained and not solved from pairs: it has no keys to compare with.
+    solved = [artifact for artifact in artifacts if not isinstance(artifact, LoraAdapter)]
+    deltas = {names[name]: delta for artifact in solved for name, delta in artifact.deltas.items()}
     patch = next((artifact for artifact in artifacts if isinstance(artifact, NeuronPatch)), None)
     memory = next((artifact for artifact in artifacts if isinstance(artifact, EditMemory)), None)
     adapter = next((artifact for artifact in artifacts if isinstance(artifact, LoraAdapter)), None)

@@ -4,13 +4,12 @@ This file travels with each version (MLflow's models-from-code) beside the few m
 neither the repository nor its cache exists. Nothing else of ours imports it, and nothing in a version is pickled.
 """
 
-import copy
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
-from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from errata.editors.kinds import load_artifact
 from errata.errors import BaseMismatchError, FormatError, InputError, ModelError, ObjectCorruptError
-from errata.modeling.loading import Base, load_base
+from errata.modeling.loading import Base, load_base, share_base
 from errata.modeling.patch import attach
 from errata.modeling.queries import encode_queries
 from errata.modeling.tokens import find_ends, find_pad, pad_rows
@@ -202,14 +200,12 @@ def _assemble(base: Base, folder: Path, record: dict[str, Any], parts: _Parts) -
 
 
 def _share(base: Base) -> Base:
-    """A second model over the same tensors. Artifacts replace tensors and never write into them, so the first stays untouched."""
-    shared: dict[int, Any] = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in base.model.parameters()}
-    shared.update((id(buffer), buffer) for buffer in base.model.buffers())
-    model = copy.deepcopy(base.model, shared)
+    """A second model over the same tensors, which generates as a request asks and in no other way."""
+    shared = share_base(base)
     # A base's own generation defaults (sampling, penalties) would mix into what a request asks for.
     ends = sorted(find_ends(base.tokenizer, base.model))
-    model.generation_config = GenerationConfig(pad_token_id=find_pad(base.tokenizer), eos_token_id=ends or None)
-    return replace(base, model=model)
+    shared.model.generation_config = GenerationConfig(pad_token_id=find_pad(base.tokenizer), eos_token_id=ends or None)
+    return shared
 
 
 def _read_prompts(model_input: Any) -> list[str]:

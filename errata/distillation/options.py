@@ -12,7 +12,7 @@ class DistillOptions(BaseModel):
 
     r: int = Field(default=8, ge=1)
     """Rank."""
-    alpha: float = Field(default=8, gt=0)
+    alpha: int = Field(default=8, ge=1)
     """The change of a weight is alpha / r · B·A."""
     dropout: float = Field(default=0, ge=0, lt=1)
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)

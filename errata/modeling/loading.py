@@ -1,12 +1,14 @@
 """Base models: what identifies one, and how it is loaded. Weights are frozen on load and never written to (design §5)."""
 
+import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from errata.errors import BaseMismatchError, ModelError
@@ -107,7 +109,7 @@ def load_base(
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"base: expected a Hugging Face causal language model at {str(source)!r}, could not load it: {reason}") from None
     if device_map is None:
-        torch.nn.Module.to(model, target)
+        nn.Module.to(model, target)
     return hold_base(model, tokenizer, expect=expect)
 
 
@@ -148,6 +150,13 @@ def hold_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, exp
     if expect is not None and digest != expect:
         raise BaseMismatchError(f"expected the base {expect[:12]}, found {digest[:12]}: other weights or another tokenizer")
     return Base(model, tokenizer, layout, digest)
+
+
+def share_base(base: Base) -> Base:
+    """A second model over the same tensors. What replaces tensors of the one, and never writes into them, leaves the other as it is."""
+    shared: dict[int, Any] = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in base.model.parameters()}
+    shared.update((id(buffer), buffer) for buffer in base.model.buffers())
+    return replace(base, model=copy.deepcopy(base.model, shared))
 
 
 def digest_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

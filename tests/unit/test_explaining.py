@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from errata.candidates import read_blocks
+from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import WeightDelta
 from errata.editors.base import Blobs, Pairs
 from errata.editors.d4s.editor import D4S
@@ -164,6 +165,20 @@ def test_without_edits_there_is_nothing_to_name(editable: Base) -> None:
     (answer,) = generate_answers(editable, ["The home of Bo Lind"], max_new_tokens=LONG, batch_tokens=64)
     assert (found.answer, found.neurons, found.compared, found.near, found.pushes) == (answer, 0, 0, (), ())
     assert all(said.firing is None and said.logprob == said.base_logprob for said in found.said) and list_edits(found) == []
+
+
+def test_an_adapter_has_no_keys_to_name(editable: Base, d4s: D4S, edits: list[Edit]) -> None:
+    """It adapts other weights than edits are written into, and was not made from pairs. What the delta beneath it did is told as ever."""
+    pairs, state = prepare(d4s, editable, edits)
+    delta = d4s.solve(state)
+    assert delta is not None
+    name = f"{editable.layout.blocks}.1.attn.c_attn.weight"
+    d_in, d_out = editable.model.get_parameter(name).shape
+    adapter = LoraAdapter(editable.digest, 1.0, {name: torch.full((1, d_in), 0.01)}, {name: torch.full((d_out, 1), 0.01)})
+    found = explain_answer(editable, [delta, adapter], edits[0].rewrite_prompt, [pairs], max_new_tokens=LONG)
+    assert edits[0].edit_id in list_edits(found) and [push.layer for push in found.pushes] == [0, 1]
+    alone = explain_answer(editable, [adapter], edits[0].rewrite_prompt, never(), max_new_tokens=LONG)
+    assert (alone.near, alone.pushes, alone.compared) == ((), (), 0)
 
 
 def test_another_base_is_refused(editable: Base) -> None:
