@@ -1,8 +1,8 @@
 """The facts nearest to a question: which demonstrations a model is shown. This module travels inside every MLflow version.
 
-Up to a size all rows are compared; above it faiss groups them around centres and reads the nearest groups. On a GPU all rows are compared
-at any size: a million take about a millisecond there. Whatever found the candidates, they are ranked by their exact inner product, and of
-equal scores the fact that was added first wins.
+Up to a size all rows are compared; above it faiss groups them around centres and reads the nearest groups. On a GPU torch compares all
+rows at any size. Whatever found the candidates, they are ranked by their exact inner product, and of equal scores the fact that was added
+first wins.
 """
 
 import math
