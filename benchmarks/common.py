@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from errata.builtin import BUILTIN, ensure_builtin
+from errata.builtin import BUILTIN, BuiltinSettings, ensure_builtin
 from errata.editors.base import Blobs
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import collect_moments
@@ -16,7 +16,7 @@ from errata.edits import digest_of
 from errata.modeling.loading import Base, load_base
 from errata.profiles import Profile, SolveOptions
 from errata.settings import load_settings
-from errata.suggestions import BUILTIN_SUGGESTION
+from errata.suggestions import suggest_builtin
 from errata.world import World, make_world
 from tasks._session import quiet_transformers
 
@@ -62,14 +62,14 @@ class Stopwatch:
         return timed
 
 
-def load_builtin() -> tuple[Base, D4S, World]:
-    """The built-in base (trained once, then cached), D4S with its profile, and its world."""
+def load_builtin(settings: BuiltinSettings = BUILTIN) -> tuple[Base, D4S, World]:
+    """A built-in base (trained once, then cached), D4S with its profile, and its world."""
     quiet_transformers()
     with Progress(transient=True) as progress:
         task = progress.add_task("training the built-in base", total=None)
-        folder = ensure_builtin(BUILTIN, load_settings().cache, lambda done, total, _: progress.update(task, completed=done, total=total))
-    base, world = load_base(folder, device="cpu"), make_world(BUILTIN.world)
-    moments = collect_moments(base, BUILTIN_SUGGESTION.prepare.layers, world.corpus(seed=0))
-    solve = SolveOptions(lam=BUILTIN_SUGGESTION.lam, spread="even", moments=digest_of(moments.to_bytes()))
-    profile = Profile(base=base.digest, prepare=BUILTIN_SUGGESTION.prepare, solve=solve)
+        folder = ensure_builtin(settings, load_settings().cache, lambda done, total, _: progress.update(task, completed=done, total=total))
+    base, world, suggested = load_base(folder, device="cpu"), make_world(settings.world), suggest_builtin(settings.digest)
+    moments = collect_moments(base, suggested.prepare.layers, world.corpus(seed=0))
+    solve = SolveOptions(lam=suggested.lam, spread="even", moments=digest_of(moments.to_bytes()))
+    profile = Profile(base=base.digest, prepare=suggested.prepare, solve=solve)
     return base, D4S(profile, moments, base.layout), world

@@ -8,8 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from errata.edits import canonical_json, digest_of
 from errata.world import WorldSettings
@@ -60,6 +61,16 @@ class BuiltinSettings(BaseModel):
     """AdamW's step size, for embeddings, norms, biases and the probe."""
     threads: int = Field(default=2, ge=1)
     """Torch threads. Part of the digest: other thread counts add up in another order."""
+    passages: float = Field(default=0.0, ge=0, le=1)
+    """Share of steps on in-context passages (`errata.passages`). With any, the tokenizer knows their words too."""
+    retained: float = Field(default=0.0, ge=0, le=1)
+    """Share of passages whose question the fact in front does not answer."""
+
+    @model_serializer(mode="wrap")
+    def _omit_passages(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings without passages keep the digests they had before there were any."""
+        content: dict[str, Any] = spell(self)
+        return {name: value for name, value in content.items() if value or name not in ("passages", "retained")}
 
     @property
     def digest(self) -> str:
@@ -70,8 +81,17 @@ class BuiltinSettings(BaseModel):
 BUILTIN = BuiltinSettings()
 """The base of `errata demo` and of the benchmarks: about a minute on two cores."""
 
+CONTEXTUAL = BUILTIN.model_copy(update={"positions": 512, "steps": 1_100, "passages": 0.45, "retained": 0.3})
+"""A sibling that also reads facts put before a question, up to twelve demonstrations with them: for what edits in context."""
+
+NAMED = {"builtin": BUILTIN, "builtin-contextual": CONTEXTUAL}
+"""What a user calls them."""
+
 SMALL = BuiltinSettings(world=WorldSettings(persons=40), width=64, layers=4, inner=256, site=1, steps=120, tokens=800)
 """A sibling for unit tests: the same shape and tokenizer in seconds, but it knows little."""
+
+SMALL_CONTEXTUAL = SMALL.model_copy(update={"positions": 512, "steps": 120, "passages": 0.5})
+"""The contextual base's own, for unit tests."""
 
 
 def ensure_builtin(settings: BuiltinSettings, cache_dir: Path, progress: Progress | None = None) -> Path:

@@ -3,9 +3,9 @@
 Published values were chosen for one model each (GPT-2 XL, GPT-J-6B, Llama-3-8B); on another they are a beginning, not a result.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from errata.builtin import BUILTIN
+from errata.builtin import BUILTIN, CONTEXTUAL
 from errata.profiles import GateOptions, NeuronOptions, PrepareOptions, Spread
 
 
@@ -35,6 +35,7 @@ BUILTIN_SUGGESTION = Suggestion(
     origin="written by hand for the built-in base, measured by benchmarks/edit_quality.py",
 )
 
+_CONTEXTUAL_SUGGESTION = replace(BUILTIN_SUGGESTION, origin="the built-in base's, measured by benchmarks/contextual_base.py")
 _LATE = 46 / 47
 """iReVa writes beside layer 46 of GPT-2 XL's 48, counted from 0; 34 of 36 and 30 of 32 of the others are the same share (§3.1)."""
 
@@ -46,6 +47,15 @@ class NeuronSuggestion:
     prepare: NeuronOptions
     solve: GateOptions
     origin: str
+
+
+def suggest_builtin(source: str) -> Suggestion:
+    """The profile written for a base of Errata's own.
+
+    Args:
+        source: digest of its settings. A base of other settings gets the first one's.
+    """
+    return _CONTEXTUAL_SUGGESTION if source == CONTEXTUAL.digest else BUILTIN_SUGGESTION
 
 
 def suggest_neurons(depth: int, *, builtin: bool) -> NeuronSuggestion:

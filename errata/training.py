@@ -6,9 +6,9 @@ Muon for the matrices of the blocks (AdamW alone needs several times the steps a
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,9 @@ from transformers.utils import logging as transformers_logging
 from errata.builtin import BuiltinSettings, Progress
 from errata.edits import SLOT
 from errata.modeling.trace import capture_outputs
+from errata.passages import DEMONSTRATIONS, OPENERS, Passage, Span, draw_passage
+from errata.retrieval.demonstrations import spell_context
+from errata.retrieval.facts import Fact
 from errata.world import FAMILY_NAMES, FILLER, GIVEN_NAMES, RELATIONS, World, make_world
 
 END_OF_TEXT = "<|endoftext|>"
@@ -31,6 +34,9 @@ OTHER_TOKENS = 0.3
 WEIGHT_DECAY = 0.1
 ROW_LENGTHS = (24, 24, 24, 48, 96)
 """Most tokens per row, one drawn per step: short prompts and long contexts are both trained."""
+OPENING = 0.1
+"""Share of the steps that are passages only. Looking up in the text is learned at once or late: together with facts from the beginning,
+memory takes what it can and looking up begins only when most steps are over."""
 
 
 def train_builtin(settings: BuiltinSettings, folder: Path, progress: Progress | None = None) -> dict[str, object]:
@@ -41,7 +47,7 @@ def train_builtin(settings: BuiltinSettings, folder: Path, progress: Progress | 
     """
     began, began_cpu = time.perf_counter(), time.process_time()
     world = make_world(settings.world)
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(passages=settings.passages > 0)
     with _seeded(settings):
         model = _build_model(settings, len(tokenizer))
         _Training(settings, world, tokenizer, model).run(progress)
@@ -62,8 +68,9 @@ def train_builtin(settings: BuiltinSettings, folder: Path, progress: Progress | 
     return report
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that takes any text and gives every name word and every word of an object one token.
+def train_tokenizer(*, passages: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that takes any text and gives every name word and every word of an object one token; with `passages` those of
+    their layout too.
 
     It puts <|endoftext|> before each text by itself: the first position then never holds a name, so a subject at the very start
     of a prompt has the same representation as one after a few words.
@@ -78,6 +85,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         for template in relation.templates
         for item in relation.objects
     ]
+    if passages:
+        text.append("".join(spell_context(Fact("", "Anna", f"{SLOT} works as a", "poet"), (), "Anna is")))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
         text, trainers.BpeTrainer(vocab_size=2_000, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
@@ -112,20 +121,21 @@ def measure_accuracy(
 
 @dataclass(frozen=True)
 class _Piece:
-    """A name or a sentence about to join a row; positions count from its own start."""
+    """A name, a sentence or a passage about to join a row; positions count from its own start."""
 
     ids: list[int]
-    subject_last: int
-    person: int
-    """Whose name it shows."""
-    answers: range = range(0)
-    """Positions that predict a token of the answer."""
+    subjects: list[tuple[int, int]]
+    """(position of a name's last token, whose it is)."""
+    answers: list[int]
+    """Positions that predict a token of an answer."""
+    chance: list[int] = field(default_factory=list)
+    """Positions after which comes what nobody can know."""
 
     def after(self, words: list[int]) -> "_Piece":
         """The same with other words before it."""
         shift = len(words)
-        answers = range(self.answers.start + shift, self.answers.stop + shift)
-        return replace(self, ids=[*words, *self.ids], subject_last=self.subject_last + shift, answers=answers)
+        subjects = [(position + shift, person) for position, person in self.subjects]
+        return _Piece([*words, *self.ids], subjects, [position + shift for position in self.answers], [p + shift for p in self.chance])
 
 
 @dataclass
@@ -139,13 +149,16 @@ class _Rows:
     """Whose name it is."""
     answers: list[tuple[int, int]] = field(default_factory=list)
     """(row, position) of each token that predicts a token of an answer."""
+    chance: list[tuple[int, int]] = field(default_factory=list)
+    """(row, position) of each token after which nothing is to be learned."""
 
     def add(self, piece: _Piece) -> None:
         """Append to the last row."""
         row, start = len(self.ids) - 1, len(self.ids[-1])
-        self.subjects.append((row, start + piece.subject_last))
-        self.persons.append(piece.person)
+        self.subjects += [(row, start + position) for position, _ in piece.subjects]
+        self.persons += [person for _, person in piece.subjects]
         self.answers += [(row, start + position) for position in piece.answers]
+        self.chance += [(row, start + position) for position in piece.chance]
         self.ids[-1] += piece.ids
 
 
@@ -156,6 +169,10 @@ class _Training:
         self.settings, self.model = settings, model
         self.rng = random.Random(f"training {settings.seed}")
         self.queue: list[int] = []
+        # Of its own, so that a base without passages reads the same text as before there were any.
+        self.passage_rng = random.Random(f"passages {settings.seed}")
+        self.world, self.tokenizer = world, tokenizer
+        self.person_of = {name: person for person, name in enumerate(world.persons)}
 
         def encode(text: str) -> list[int]:
             ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
@@ -194,7 +211,7 @@ class _Training:
 
     def run(self, progress: Progress | None) -> None:
         for step in range(self.settings.steps):
-            self._descend(self._measure_loss(self._draw_text()), _ramp(step, self.settings.steps))
+            self._descend(self._measure_loss(self._draw_step(step)), _ramp(step, self.settings.steps))
             if progress is not None:
                 progress(step + 1, self.settings.steps, "training")
 
@@ -209,6 +226,8 @@ class _Training:
             targets[row, : len(tokens) - 1] = ids[row, 1 : len(tokens)]
         is_answer = torch.zeros(ids.shape, dtype=torch.bool)
         is_answer[tuple(torch.tensor(rows.answers).T)] = True
+        if rows.chance:
+            targets[tuple(torch.tensor(rows.chance).T)] = -100
         known = targets != -100
         losses = F.cross_entropy(self.model.lm_head(hidden[known]), targets[known], reduction="none")
         answer = is_answer[known]
@@ -226,6 +245,13 @@ class _Training:
         for optimiser in self.optimisers:
             optimiser.step()
 
+    def _draw_step(self, step: int) -> _Rows:
+        """Ordinary text or passages; with passages at all, short ones alone at the beginning."""
+        share = self.settings.passages
+        if share and step < OPENING * self.settings.steps:
+            return self._draw_passages(OPENERS)
+        return self._draw_passages(DEMONSTRATIONS) if self.passage_rng.random() < share else self._draw_text()
+
     def _draw_text(self) -> _Rows:
         """Rows of one length, each filled with pieces until the next would not fit."""
         rows = _Rows()
@@ -234,8 +260,33 @@ class _Training:
             rows.ids.append([END])
             while len(rows.ids[-1]) + len((piece := self._write_sentence()).ids) <= length:
                 rows.add(piece)
-            self.queue.append(piece.person)  # whose turn it still is
+            self.queue.append(piece.subjects[0][1])  # whose turn it still is
         return rows
+
+    def _draw_passages(self, choices: Sequence[int]) -> _Rows:
+        """One passage to a row, all with equally many demonstrations."""
+        rows, longest = _Rows(), 0
+        demonstrations = self.passage_rng.choice(choices)
+        while (len(rows.ids) + 1) * longest <= self.settings.tokens:
+            rows.ids.append([END])
+            rows.add(self._encode_passage(draw_passage(self.world.facts, demonstrations, self.settings.retained, self.passage_rng)))
+            longest = max(longest, len(rows.ids[-1]))
+        return rows
+
+    def _encode_passage(self, passage: Passage) -> _Piece:
+        coded = self.tokenizer(passage.text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = {end: position for position, (_, end) in enumerate(coded.offset_mapping)}
+        starts = {start: position for position, (start, _) in enumerate(coded.offset_mapping)}
+
+        def predict(spans: Iterable[Span]) -> list[int]:
+            return [position - 1 for start, end in spans for position in range(starts[start], ends[end] + 1)]
+
+        return _Piece(
+            ids=[*coded.input_ids, END],
+            subjects=[(ends[end], self.person_of[name]) for end, name in passage.subjects],
+            answers=predict(passage.answers),
+            chance=predict(passage.stated),
+        )
 
     def _write_fact(self) -> _Piece:
         """A fact in one of its trained forms."""
@@ -248,9 +299,8 @@ class _Training:
         end = [self.stop, END] if self.rng.random() < 0.5 else [self.stop]
         return _Piece(
             ids=[*prompt, *answer, *end],
-            subject_last=len(left) + len(self.names[person]) - 1,
-            person=person,
-            answers=range(len(prompt) - 1, len(prompt) - 1 + len(answer)),
+            subjects=[(len(left) + len(self.names[person]) - 1, person)],
+            answers=list(range(len(prompt) - 1, len(prompt) - 1 + len(answer))),
         )
 
     def _write_sentence(self) -> _Piece:

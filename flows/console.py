@@ -91,7 +91,7 @@ def main() -> None:
 @app.command(epilog=EPILOG)
 def init(
     stream: StreamName = None,
-    base: Annotated[str, typer.Option(help="'builtin', a model folder, or a Hugging Face id.")] = "builtin",
+    base: Annotated[str, typer.Option(help="'builtin', 'builtin-contextual', a model folder, or a Hugging Face id.")] = "builtin",
     editor: Editor = "d4s",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
     profile: Annotated[str | None, typer.Option(help="JSON file with the editor's options, or a stored profile's digest.")] = None,

@@ -32,7 +32,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def calibrate(
-    base: Annotated[str, typer.Option(help="'builtin', a model folder, or a Hugging Face id.")] = "builtin",
+    base: Annotated[str, typer.Option(help="'builtin', 'builtin-contextual', a model folder, or a Hugging Face id.")] = "builtin",
     editor: Annotated[str, typer.Option(help="'d4s' or 'ireva'.")] = "d4s",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Text or JSONL, or a folder of them: what the model must go on knowing.")] = None,

@@ -19,7 +19,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def moments(
-    base: Annotated[str, typer.Option(help="'builtin', a model folder, or a Hugging Face id.")] = "builtin",
+    base: Annotated[str, typer.Option(help="'builtin', 'builtin-contextual', a model folder, or a Hugging Face id.")] = "builtin",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
     corpus: CorpusPath = None,
     layers: Annotated[

@@ -22,7 +22,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def plan(
-    base: Annotated[str, typer.Option(help="'builtin', a model folder, a config.json, or a Hugging Face id.")] = "builtin",
+    base: Annotated[
+        str, typer.Option(help="'builtin', 'builtin-contextual', a model folder, a config.json, or a Hugging Face id.")
+    ] = "builtin",
     editor: Editor = "d4s",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id.")] = None,
     profile: Annotated[Path | None, typer.Option(help="JSON file with the editor's options.")] = None,

@@ -17,7 +17,9 @@ def add_commands(app: typer.Typer) -> None:
 
 def rebase(
     stream: Annotated[str, typer.Argument(metavar="STREAM", help="Whose live edits.")],
-    base: Annotated[str | None, typer.Option(help="'builtin', a model folder, or a Hugging Face id; its own base without one.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="'builtin', 'builtin-contextual', a model folder, or a Hugging Face id; its own base without one.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id; the newest is pinned without one.")] = None,
     profile: Annotated[str | None, typer.Option(help="JSON file with `prepare` options and `lam`, or a stored profile's digest.")] = None,
     corpus: CorpusPath = None,

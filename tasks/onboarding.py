@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from errata.builtin import BUILTIN, ensure_builtin
+from errata.builtin import NAMED, BuiltinSettings, ensure_builtin
 from errata.candidates import start_manifest
 from errata.corpus import MAKESHIFT
 from errata.editors.catalogue import require_editor
@@ -18,7 +18,7 @@ from errata.modeling.loading import choose_device, load_base, sketch_model
 from errata.plan import Plan, find_room, make_plan, plan_neurons, spell_bytes
 from errata.profiles import Profile
 from errata.settings import Settings
-from errata.suggestions import BUILTIN_SUGGESTION, NeuronSuggestion, choose_spread, suggest_profile
+from errata.suggestions import NeuronSuggestion, choose_spread, suggest_builtin, suggest_profile
 from registry.events import InitCommit
 from registry.shared import BaseRef, fetch_moments, put_base
 from registry.storage.base import check_create_if_absent, open_storage
@@ -26,7 +26,7 @@ from registry.stream import Stream, create_stream
 from tasks._progress import show_progress
 from tasks._session import free_disk, keep_loaded, load_model, quiet_transformers
 from tasks.committing import describe_writer
-from tasks.placing import Placed, Source, choose_corpus, choose_profile, names_stored, place_profile
+from tasks.placing import Placed, Source, choose_corpus, choose_profile, name_builtin, names_stored, place_profile
 
 BUILTIN_NAME = "builtin"
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def start_stream(
     """Make the stream of `settings` on a base.
 
     Args:
-        source: `builtin`, a folder, or a Hugging Face id.
+        source: `builtin` or `builtin-contextual`, a folder, or a Hugging Face id.
         editor: its name in `errata.editors.catalogue`.
         revision: of a hub id; None pins the newest.
         profile: path of a `ProfileFile` in JSON, or the beginning of the digest of a profile that the root holds for this base; None takes
@@ -148,12 +148,9 @@ def plan_source(
         ModelError, UnknownArchitectureError: no configuration of a model of a known family there.
         InputError, SettingsError: as `choose_profile`.
     """
-    if source == BUILTIN_NAME:
-        with show_progress("training the built-in base") as on_progress:
-            model = sketch_model(str(ensure_builtin(BUILTIN, settings.cache, lambda done, total, _: on_progress(done, total))))
-    else:
-        model = sketch_model(source, revision)
-    chosen = choose_profile(model, profile, require_editor(editor), builtin=source == BUILTIN_NAME)
+    own = NAMED.get(source)
+    model = sketch_model(str(_provide(settings, own))) if own else sketch_model(source, revision)
+    chosen = choose_profile(model, profile, require_editor(editor), builtin=own and own.digest)
     room = find_room(choose_device(settings.device), free_disk(settings), device_memory)
     if isinstance(chosen, NeuronSuggestion):
         return plan_neurons(model, chosen.prepare.layer, room, edits=edits, offloads=settings.device_map is not None)
@@ -180,7 +177,8 @@ def choose_layers(found: Source, spelled: str | None) -> list[int]:
     """
     depth = found.base.layout.count_layers(found.base.model)
     if spelled is None:
-        suggested = BUILTIN_SUGGESTION if found.ref.kind == "builtin" else suggest_profile(found.base.model.config.model_type, depth)
+        own = name_builtin(found.ref)
+        suggested = suggest_builtin(own) if own else suggest_profile(found.base.model.config.model_type, depth)
         return list(suggested.prepare.layers) if suggested else list(range(depth))
     layers: set[int] = set()
     for part in spelled.split(","):
@@ -199,11 +197,10 @@ def preserve_text(found: Source, path: Path | None) -> str:
 
 def _load_source(settings: Settings, source: str, revision: str | None, profile: str | None, editor: str) -> Source:
     quiet_transformers()
-    if source == BUILTIN_NAME:
-        with show_progress("training the built-in base") as on_progress:
-            folder = ensure_builtin(BUILTIN, settings.cache, lambda done, total, _: on_progress(done, total))
+    if own := NAMED.get(source):
+        folder = _provide(settings, own)
         base = load_base(folder, device=settings.device)
-        return Source(BaseRef(kind="builtin", source=BUILTIN.digest, digest=base.digest), folder, base)
+        return Source(BaseRef(kind="builtin", source=own.digest, digest=base.digest), folder, base)
     spread: dict[str, Any] = {"device_map": settings.device_map, "offload": settings.cache / "offload"}
     path = Path(source)
     if path.is_dir():
@@ -211,11 +208,18 @@ def _load_source(settings: Settings, source: str, revision: str | None, profile:
         base = load_base(path, device=settings.device, **spread)
         return Source(BaseRef(kind="folder", source=str(path.resolve()), digest=base.digest), path, base)
     if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise InputError(f"base: expected '{BUILTIN_NAME}', a model folder or a Hugging Face id, found {source!r}, which is none of them")
+        raise InputError(
+            f"base: expected {' or '.join(map(repr, NAMED))}, a model folder or a Hugging Face id, found {source!r}, which is none of them"
+        )
     pinned = revision or _pin_revision(source)
     require_room(settings, source, pinned, profile, editor)
     base = load_base(source, revision=pinned, device=settings.device, **spread)
     return Source(BaseRef(kind="hub", source=source, revision=pinned, digest=base.digest), None, base)
+
+
+def _provide(settings: Settings, own: BuiltinSettings) -> Path:
+    with show_progress("training the built-in base") as on_progress:
+        return ensure_builtin(own, settings.cache, lambda done, total, _: on_progress(done, total))
 
 
 def _pin_revision(source: str) -> str:

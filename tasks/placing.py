@@ -30,7 +30,7 @@ from errata.profiles import (
     require_same_pairs,
 )
 from errata.settings import Settings
-from errata.suggestions import BUILTIN_SUGGESTION, NeuronSuggestion, Suggestion, choose_spread, suggest_neurons, suggest_profile
+from errata.suggestions import NeuronSuggestion, Suggestion, choose_spread, suggest_builtin, suggest_neurons, suggest_profile
 from errata.validation import explain_errors
 from registry.calibrations import find_calibrated
 from registry.shared import BaseRef, get_moments, get_profile, list_profiles, put_base, put_moments, put_profile
@@ -106,7 +106,7 @@ def place_profile(
         require_kind(editor, name_editor(ready))
         moments = Moments.from_bytes(get_moments(storage, ready.solve.moments)) if isinstance(ready, Profile) else None
         return Placed(put_base(storage, found.ref, found.folder), stored, make_editor(editor, ready, moments, found.base.layout))
-    chosen = choose_profile(found.base.model, profile, editor, builtin=found.ref.kind == "builtin")
+    chosen = choose_profile(found.base.model, profile, editor, builtin=name_builtin(found.ref))
     if isinstance(chosen, NeuronSuggestion):
         if corpus is not None:
             raise InputError(f"corpus: expected none for {editor}, which measures no second moments, found {corpus}")
@@ -233,8 +233,16 @@ def _names_ireva(text: str) -> bool:
     return isinstance(content, dict) and "editor" in content
 
 
-def choose_profile(model: PreTrainedModel, path: str | None, editor: str, *, builtin: bool) -> Suggestion | NeuronSuggestion:
+def name_builtin(ref: BaseRef) -> str | None:
+    """Digest of the settings that a built-in base was trained with; None: it is the user's own."""
+    return ref.source if ref.kind == "builtin" else None
+
+
+def choose_profile(model: PreTrainedModel, path: str | None, editor: str, *, builtin: str | None) -> Suggestion | NeuronSuggestion:
     """The user's profile, else the built-in base's, else published values of the family.
+
+    Args:
+        builtin: as `name_builtin`.
 
     Raises:
         SettingsError: the file is no profile.
@@ -246,9 +254,9 @@ def choose_profile(model: PreTrainedModel, path: str | None, editor: str, *, bui
         return given
     family, depth = model.config.model_type, find_layout(model).count_layers(model)
     if editor == "ireva":
-        return suggest_neurons(depth, builtin=builtin)
-    if builtin:
-        return BUILTIN_SUGGESTION
+        return suggest_neurons(depth, builtin=builtin is not None)
+    if builtin is not None:
+        return suggest_builtin(builtin)
     suggested = suggest_profile(family, depth)
     if suggested is None:
         raise InputError(f"profile: expected one for a {family!r} model (--profile FILE), since no values are published for that family")
