@@ -12,6 +12,7 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from errata.distill_options import DistillOptions
 from errata.errors import SettingsError
 from errata.validation import explain_errors, explain_unknown
 
@@ -173,6 +174,7 @@ class Settings(BaseSettings):
     keep: KeepSettings = KeepSettings()
     gc: GcSettings = GcSettings()
     compute: ComputeSettings = ComputeSettings()
+    distill: DistillOptions = DistillOptions()
     memory: MemorySettings = MemorySettings()
     mlflow: MlflowSettings = MlflowSettings()
     policy: PolicySettings = PolicySettings()

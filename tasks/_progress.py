@@ -1,10 +1,10 @@
 """Progress bars of long stages: on a terminal a bar, elsewhere nothing, since the stage's own log line tells the rest."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 
@@ -27,6 +27,21 @@ def show_rate(title: str, unit: str, total: int) -> Iterator[Callable[[int, int]
         def tell(part: int, done: int) -> None:
             parts[part] = done
             progress.update(task, completed=sum(tuple(parts.values())))
+
+        yield tell
+
+
+@contextmanager
+def show_training(title: str) -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
+    """A bar of work in stages, one after the other; the body calls the yielded function with (stage, done, total, losses by name)."""
+    with _show(MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int, losses: Mapping[str, float]) -> None:
+            said = "".join(f", {name} {value:.3f}" for name, value in losses.items())
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(title, total=total)
+            progress.update(tasks[stage], description=f"{title}: {stage}{said}", completed=done, total=total)
 
         yield tell
 

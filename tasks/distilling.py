@@ -12,10 +12,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from errata.distillation.distil import DistillReport, distil_lessons
-
 from errata.candidates import load_artifacts
-from errata.distillation.lessons import draw_lessons
+from errata.distillation.distil import distil_lessons
+from errata.distillation.lessons import Drawn, draw_lessons
+from errata.distillation.report import DistilReport
 from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import Artifact
 from errata.editors.memory import EditMemory
@@ -38,7 +38,7 @@ from registry.history import is_accepted
 from registry.orders import DistillationOrder
 from registry.stream import Stream
 from registry.tiers import ADAPTER, read_absorbed
-from tasks._progress import show_progress
+from tasks._progress import show_training
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
 from tasks._tiers import put_adapter, recall_all
@@ -82,7 +82,7 @@ def train_adapter(stream: str, order: str) -> Trained:
     memory = recall_all(settings, opened, head.base, rows)
     drawn = draw_lessons(edits, partial(_teach, model.base, memory), model.base.tokenizer, settings.evaluate.seed)
     beneath = load_artifacts(opened.objects, head.model_copy(update={"layers": head.layers[:1]}))
-    with show_progress("distilling") as on_progress:
+    with show_training("distilling") as on_progress:
         made = distil_lessons(
             model.base,
             beneath,
@@ -100,7 +100,7 @@ def train_adapter(stream: str, order: str) -> Trained:
         live=len(edits),
         absorbed=absorbed,
         went_on=work.start is not None,
-        told=tell_training(made.report, len(edits), len(absorbed)),
+        told=tell_training(made.report, drawn, len(edits), len(absorbed)),
         seconds=time.perf_counter() - begun,
     )
 
@@ -217,9 +217,16 @@ def find_folder(settings: Settings) -> Path:
     return settings.cache / "distill" / digest_of(f"{settings.root} {settings.stream}".encode())[:16]
 
 
-def tell_training(report: DistillReport, live: int, absorbed: int) -> str:
-    """What an adapter was taught, in a sentence."""
-    return f"Distilled {absorbed} of {live} live edits in {report.steps} steps."
+def tell_training(report: DistilReport, drawn: Drawn, live: int, absorbed: int) -> str:
+    """What an adapter was taught, and how well."""
+    told = f"{absorbed} of {live} live edits take with the adapter alone, after {report.steps} steps"
+    told += f" on {report.lessons_inside} prompts that memory answers and {report.lessons_outside} that it leaves to the base"
+    for name in ("inside", "outside"):
+        before, after = getattr(report.before, name), getattr(report.after, name)
+        if before is not None and after is not None:
+            told += f"; KL {name} {before:.3f} → {after:.3f} nats per token"
+    told += f"; {len(drawn.unrouted)} of their prompts were not taught, since memory does not answer them" if drawn.unrouted else ""
+    return f"{told}."
 
 
 def _teach(base: Base, memory: EditMemory, prompts: Sequence[str]) -> list[list[int] | None]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from errata.distill_options import DistillOptions
 from errata.distillation.divergence import diverge, soften
 from errata.distillation.lessons import Lesson
-from errata.distillation.options import DistillOptions
 from errata.distillation.report import Distance, DistilReport, Epoch
 from errata.distillation.rows import Row, batch_by_length, list_rows, read_spans
 from errata.distillation.student import seat_student

@@ -11,7 +11,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from errata.distillation.options import DistillOptions
+from errata.distill_options import DistillOptions
 from errata.distillation.rows import Row, read_spans
 from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import Artifact
@@ -42,6 +42,11 @@ class Student:
     @property
     def device(self) -> torch.device:
         return self._base.device
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return int(self._base.model.config.hidden_size)
 
     @property
     def factors(self) -> Factors:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from errata.distill_options import DistillOptions
 from errata.distillation.divergence import Distribution, soften
-from errata.distillation.options import DistillOptions
 from errata.distillation.rows import Row, batch_by_length, read_spans
 from errata.editors.artifacts import pack_tensors, unpack_tensors
 from errata.edits import canonical_json, digest_of

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from errata.distill_options import DistillOptions
 from errata.distillation.divergence import diverge
-from errata.distillation.options import DistillOptions
 from errata.distillation.report import Distance, Epoch
 from errata.distillation.rows import Row, batch_by_length
 from errata.distillation.student import Factors, Student
@@ -99,7 +99,7 @@ class _Training:
         self._student, self._teacher, self._course, self._options = student, teacher, course, options
         self._place, self._tell = place, on_progress
         parameters = [factor.requires_grad_() for factor in student.factors.values()]
-        self._optimiser = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+        self._optimiser = torch.optim.AdamW(parameters, lr=options.choose_lr(student.width), weight_decay=options.weight_decay)
         self._now = Trained()
         self._began = time.perf_counter()
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from benchmarks.tiny_base import PEOPLE, RELATIONS, build_edit, write_base
+from errata.distill_options import DistillOptions
 from errata.distillation.distil import distil_lessons, measure_truncation, plan_course
 from errata.distillation.divergence import Distribution, diverge, soften
 from errata.distillation.lessons import FIXED, Drawn, Lesson, draw_lessons
-from errata.distillation.options import DistillOptions
 from errata.distillation.rows import list_rows, read_spans
 from errata.distillation.student import seat_student
 from errata.distillation.teacher import ask_teacher

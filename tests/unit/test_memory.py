@@ -34,7 +34,9 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def make_facts(count: int, first: int = 0) -> list[Fact]:
-    return [Fact(f"e{number}@1", f"Person{number} Keller", "The mother tongue of {} is", "Danish") for number in range(first, first + count)]
+    return [
+        Fact(f"e{number}@1", f"Person{number} Keller", "The mother tongue of {} is", "Danish") for number in range(first, first + count)
+    ]
 
 
 def make_memory(base: str, facts: Sequence[Fact], **options: object) -> "EditMemory":

@@ -5,6 +5,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from errata.edits import canonical_json, digest_of
 
 
+_PUBLISHED_LR = 1e-4
+_NARROW, _NARROW_LR = 512, 5e-3
+"""Measured on the built-in bases, which are 128 wide: `benchmarks/README.md`. Nothing in between was tried."""
+
+
 class DistillOptions(BaseModel):
     """How live edits become a LoRA. Everything here is part of the digest that names stored work."""
 
@@ -18,8 +23,8 @@ class DistillOptions(BaseModel):
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the modules that are adapted, as PEFT matches them: `("q_proj", "v_proj")`. None: PEFT's own choice for the architecture
     (queries and values; `c_attn` in a GPT-2)."""
-    lr: float = Field(default=1e-4, gt=0)
-    """AdamW's step size, constant. The published one; a small model needs a larger one."""
+    lr: float | None = Field(default=None, gt=0)
+    """AdamW's step size, constant. None: 1e-4, as published for GPT-J; for a model narrower than 512, which that would not move, 5e-3."""
     weight_decay: float = Field(default=0.01, ge=0)
     epochs: int = Field(default=10, ge=1)
     """Passes over the lessons at most."""
@@ -51,6 +56,10 @@ class DistillOptions(BaseModel):
     """Activations are computed twice rather than kept, where there is a GPU."""
     seed: int = 0
     """Of the adapter's first values, the order of lessons, dropout, and the choice of validation edits."""
+
+    def choose_lr(self, width: int) -> float:
+        """The step size for a model whose residual stream is so wide."""
+        return self.lr if self.lr is not None else _NARROW_LR if width < _NARROW else _PUBLISHED_LR
 
     @property
     def digest(self) -> str:
