@@ -4,7 +4,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from errata.edits import canonical_json, digest_of
 
-
 _PUBLISHED_LR = 1e-4
 _NARROW, _NARROW_LR = 512, 5e-3
 """Measured on the built-in bases, which are 128 wide: `benchmarks/README.md`. Nothing in between was tried."""
