@@ -65,7 +65,7 @@ class NearestFacts:
         if not bool(rows.isfinite().all()):
             raise EditorError("nearest facts: expected finite vectors, found others")
         places = dict(zip(ids, range(len(self._ids), len(self._ids) + len(ids)), strict=True))
-        if len(places) < len(ids) or (places.keys() & self._places.keys()):
+        if len(places) < len(ids) or any(id in self._places for id in ids):
             raise EditorError("nearest facts: expected new ids, found one that is there or comes twice")
         if not ids:
             return
