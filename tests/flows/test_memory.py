@@ -256,7 +256,8 @@ def test_demonstrations_come_from_a_file_of_training_edits(
     from errata.editors.memory import EditMemory
 
     pool = tmp_path / "pool.jsonl"
-    pool.write_bytes(b"".join(make_edit(number, id=f"pool-{number}").model_dump_json(exclude_none=True).encode() + b"\n" for number in (8, 9)))
+    training = [make_edit(number, id=f"pool-{number}") for number in (8, 9)]
+    pool.write_text("".join(f"{edit.model_dump_json(exclude_none=True)}\n" for edit in training))
     monkeypatch.setenv("ERRATA_MEMORY__POOL", str(pool))
     desk.submit("monday", make_edit(0, id="first"))
     ran = errata("remember", "--json")
