@@ -18,7 +18,7 @@ from errata.retrieval.index import build_cells, has_faiss, rank_rows, score_rows
 
 CELLS_FROM = 50_000
 """Facts on a CPU from which faiss answers, if it is installed. It is faster from 10,000 on, but comparing all rows is exact: it is kept
-for as long as a query takes about 10 ms (`python -m benchmarks.retrieval`), little beside an answer to twelve demonstrations."""
+for as long as it is little beside an answer to twelve demonstrations (`python -m benchmarks.retrieval`: 17 ms on a busy core)."""
 _CELLS_PER_ROOT = 2
 """Centres are so many times the square root of the number of facts. More would be learnt too slowly without a GPU."""
 _PROBED = 64
