@@ -272,6 +272,23 @@ def test_demonstrations_come_from_a_file_of_training_edits(
     assert ran.code == 2 and "none.jsonl: expected a readable file of edits" in ran.err
 
 
+def test_what_no_pairs_lead_back_to_is_kept_with_archived_versions(desk: Any, make_edit: Make, errata: Errata) -> None:
+    from datetime import UTC, datetime, timedelta
+
+    from registry.collection import survey_stream
+    from registry.history import open_history
+
+    desk.submit("monday", make_edit(0, id="first"))
+    remember()
+    desk.apply()
+    distil()
+    desk.withdraw("first")
+    survey = survey_stream(open_history(str(desk.root), "main"), 1, 0, datetime.now(UTC), timedelta(hours=1))
+    needed = {layer.artifact for seq in (1, 3) for layer in above(desk, seq).values()}
+    assert len(needed) == 2 and needed <= survey.needed.keys()
+    assert set(survey.given_up) == {desk.read_manifest(2).layers[0].artifact}
+
+
 def test_there_has_to_be_something_to_distil(desk: Any, errata: Errata) -> None:
     ran = errata("distill")
     assert ran.code == 0 and "nothing to distil in main" in ran.out
