@@ -82,6 +82,12 @@ def move_above(settings: Settings, stream: Stream, head: Manifest, base: str, co
     return Above(tuple(_store(stream, _remember(settings, stream, base, come, gone, Learned()), None)), told)
 
 
+def drop_adapter(settings: Settings, stream: Stream, head: Manifest, come: Sequence[Coming], gone: Sequence[EditRow]) -> Above:
+    """The layers above without the adapter, stored: what only it knew is remembered again. Arguments as of `carry_above`."""
+    told = ("The adapter is dropped: edits that come do not take under it.",)
+    return Above(tuple(_store(stream, _remember(settings, stream, head.base, come, gone, Learned()), head.find_above(MEMORY))), told)
+
+
 def put_adapter(settings: Settings, stream: Stream, head: Manifest, adapter: LoraAdapter) -> Above:
     """The layers above with a new adapter, stored: what it has absorbed is not remembered any more, unless all is; what it does not answer
     is, whatever the weights beneath it say."""

@@ -10,7 +10,6 @@ from errata.editors.artifacts import Artifact
 from errata.edits import Edit
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.gate import decide
-from errata.manifests import Manifest
 from errata.monitors.locality import PROBE_TEXTS
 from errata.report import COARSE, Diagnosis, Report
 from errata.rounds import Round
@@ -18,37 +17,58 @@ from errata.settings import Settings
 from errata.world import FILLER
 from registry.orders import Order
 from registry.stream import Stream
+from registry.tiers import ADAPTER
 from tasks._progress import show_progress
-from tasks._session import Model, load_model, open_named
+from tasks._session import Model, load_model, open_named, read_manifest
 from tasks._task import stage, tell_run
+from tasks._tiers import Coming, drop_adapter
 
 
 @stage
 def judge_candidate(stream: str, order: str, candidate: Round, earlier: Sequence[Round]) -> Round:
-    """The round with its report and the gate's decision."""
+    """The round with its report and the gate's decision. Where something is wrong and an adapter lies over the weights, the same is tried
+    without it: edits that come are not refused for what was trained before them."""
     settings, opened = open_named(stream)
     model = load_model(settings, opened)
     begun = time.perf_counter()
     work = Order.load(opened.objects, order)
-    edits = {planned.row.edit.edit_id: planned.row.edit for planned in work.additions}
-    leaving = {name for planned in work.additions if planned.row.edit.edit_id in candidate.rest for name in planned.replaces}
+    chosen = [planned for planned in work.additions if planned.row.edit.edit_id in candidate.rest]
+    leaving = {name for planned in chosen for name in planned.replaces}
     sample = opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)
     retained = [opened.read_record(row).edit for row in sample if row.occurrence not in leaving]
-    report = measure_candidate(
-        settings,
-        opened,
-        model,
-        load_artifacts(opened.objects, Manifest.from_bytes(opened.objects.get(candidate.manifest))),
-        [edits[edit_id] for edit_id in candidate.rest],
-        retained,
-        mates=find_mates(opened, candidate),
-        diagnoses={edit_id: Diagnosis(loss=candidate.losses[edit_id]) for edit_id in candidate.rest},
-        fits=candidate.fits,
-    )
-    report = report.model_copy(update={"live": opened.index.counts().get("live", 0) - len(leaving) + len(candidate.rest)})
-    decision = decide(report, [item.decision for item in earlier if item.decision], settings.gate)
-    seconds = {**candidate.seconds, "evaluate": time.perf_counter() - begun}
-    return candidate.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision, "seconds": seconds})
+    mates, live = find_mates(opened, candidate), opened.index.counts().get("live", 0) - len(leaving) + len(candidate.rest)
+
+    def judge(round: Round) -> Round:
+        report = measure_candidate(
+            settings,
+            opened,
+            model,
+            load_artifacts(opened.objects, read_manifest(opened, round.manifest)),
+            [planned.row.edit for planned in chosen],
+            retained,
+            mates=mates,
+            diagnoses={edit_id: Diagnosis(loss=round.losses[edit_id]) for edit_id in round.rest},
+            fits=round.fits,
+        )
+        report = report.model_copy(update={"live": live})
+        decision = decide(report, [item.decision for item in earlier if item.decision], settings.gate)
+        return round.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision})
+
+    judged = judge(candidate)
+    manifest = read_manifest(opened, candidate.manifest)
+    if _count_refused(judged) and manifest.find_above(ADAPTER) is not None:
+        come = [Coming(planned.row.occurrence, planned.row.edit, written=work.tier == "weights") for planned in chosen]
+        bare = drop_adapter(settings, opened, manifest, come, [opened.resolve_edit(name) for name in leaving])
+        without = candidate.model_copy(update={"manifest": opened.objects.put(bare.crown(manifest).to_bytes()), "told": bare.told})
+        without = judge(without)
+        judged = without if _count_refused(without) < _count_refused(judged) else judged
+    return judged.model_copy(update={"seconds": {**candidate.seconds, "evaluate": time.perf_counter() - begun}})
+
+
+def _count_refused(judged: Round) -> int:
+    """Edits of a round that cannot be accepted as they are."""
+    assert judged.decision is not None, "a round that was judged has a decision"
+    return 0 if judged.decision.verdict == "accept" else len(judged.decision.drop) or len(judged.rest)
 
 
 def measure_candidate(

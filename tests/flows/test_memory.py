@@ -198,24 +198,44 @@ def test_an_adapter_takes_edits_in_and_goes_with_the_first_that_leaves(
     ran = errata("distill")
     assert ran.code == 0 and "the adapter was taught all live edits" in ran.out
 
-    # A batch leaves it where it is; what is written besides is not in it.
-    desk.submit("wednesday", make_edit(6, 3, 1, id="more"))
-    desk.apply()
-    assert above(desk, 4) == {"distillmike": above(desk, 3)["distillmike"]} and tiers(desk)[1] == 4
-    ran = errata("compact", "--json")
-    assert ran.code == 0 and above(desk, 5) == above(desk, 4), ran.out + ran.err
-    check(errata)
-
-    # A rollback to before it, and the newest adapter whose edits are all live is gone on from.
-    desk.roll_back(2)
-    assert tiers(desk) == (3, 0, 1) and say(remembered.rewrite_prompt) == [remembered.target_new]
-    assert distil().went_on
     summary = desk.withdraw("w1")
     assert summary.decision == "accept" and "The adapter is dropped: it had absorbed w1" in " ".join(summary.reasons)
     assert tiers(desk) == (2, 0, 1), "what only the adapter knew is remembered again"
     assert say(remembered.rewrite_prompt) == [remembered.target_new]
     summary = distil()
     assert summary.decision == "accept" and not summary.went_on and summary.taught == 3
+    check(errata)
+
+
+def test_an_adapter_is_carried_by_whatever_leaves_its_edits_alone(
+    desk: Any, make_edit: Make, errata: Errata, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hardly changes anything, so that neurons, which are keyed to the base, fire under it."""
+    monkeypatch.setenv("ERRATA_DISTILL__LR", "1e-5")
+    monkeypatch.setenv("ERRATA_DISTILL__EPOCHS", "1")
+    desk.submit("monday", *(make_edit(number, number % 4, number, id=f"w{number}") for number in range(3)))
+    desk.apply()
+    desk.submit("tuesday", make_edit(4, 1, 2, id="remembered"))
+    remember()
+    first = distil()
+    assert (first.decision, first.taught, first.absorbed) == ("accept", 4, 3)
+    assert tiers(desk) == (3, 3, 1), "what it has not learned stays in memory"
+    desk.submit("wednesday", make_edit(6, 3, 1, id="more"))
+    desk.apply()
+    adapter = {"distillmike": above(desk, 3)["distillmike"]}
+    assert above(desk, 4).items() >= adapter.items() and desk.statuses()["more@4"] == "live" and tiers(desk)[:2] == (5, 3)
+    ran = errata("compact", "--json")
+    assert ran.code == 0 and above(desk, 5) == above(desk, 4), ran.out + ran.err
+    desk.withdraw("more")
+    assert above(desk, 6).items() >= adapter.items()
+    check(errata)
+    # A rollback to before it: the newest adapter whose edits are all live is gone on from.
+    desk.roll_back(2)
+    assert tiers(desk) == (3, 0, 1) and above(desk, 7).keys() == {"mike"}
+    assert distil().went_on
+    desk.submit("thursday", make_edit(0, 0, 3, id="newer"))
+    desk.apply()
+    assert desk.statuses()["w0@1"] == "replaced" and "distillmike" not in above(desk, 9)
     check(errata)
 
 
@@ -297,8 +317,8 @@ def test_there_has_to_be_something_to_distil(desk: Any, errata: Errata) -> None:
 def test_an_edit_that_an_adapter_spoils_answers_from_memory(
     desk: Any, make_edit: Make, errata: Errata, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was written, and answered; now the adapter lies over it. So small a base cannot read through such an adapter: only where the answer
-    is looked for is asked here."""
+    """It was written, and answered; now the adapter lies over it. So small a base cannot read through such an adapter: where the answer is
+    looked for is all that is asked here."""
     import tasks.distilling
 
     first, second = make_edit(0, 0, 0, id="first"), make_edit(1, 1, 2, id="second")
@@ -310,9 +330,20 @@ def test_an_edit_that_an_adapter_spoils_answers_from_memory(
     assert tiers(desk) == (2, 1, 1)
     assert errata("ask", "--why", second.rewrite_prompt, "--json").json[0]["memory"]["fact"]["id"] == "second"
     assert distil() is None, "it was taught all there is"
-    desk.submit("tuesday", make_edit(3, 3, 1, id="third"))
-    desk.apply()
-    assert tiers(desk) == (3, 1, 1)
     desk.withdraw("second")
-    assert tiers(desk) == (2, 1, 0)
+    assert tiers(desk) == (1, 1, 0)
+    check(errata)
+
+
+def test_edits_that_come_are_not_refused_for_an_adapter(desk: Any, make_edit: Make, errata: Errata, say: Callable[..., list[str]]) -> None:
+    """Neurons are keyed to what the base sees. What this adapter does to that keeps those that come later from firing."""
+    first, second, third = make_edit(0, 0, 0, id="first"), make_edit(1, 1, 2, id="second"), make_edit(3, 3, 1, id="third")
+    desk.submit("monday", first, second)
+    desk.apply()
+    assert distil().decision == "accept" and tiers(desk)[1] > 0
+    desk.submit("tuesday", third)
+    (batch,) = desk.apply()
+    assert batch.decision == "accept" and batch.reasons[0] == "The adapter is dropped: edits that come do not take under it."
+    assert tiers(desk) == (3, 0, 0)
+    assert say(*(edit.rewrite_prompt for edit in (first, second, third))) == [edit.target_new for edit in (first, second, third)]
     check(errata)
