@@ -33,10 +33,10 @@ class Prepared(_Record):
 class Trained(_Record):
     """An adapter that was trained and stands on no head yet."""
 
-    adapter: str
-    """Its digest."""
+    adapter: str | None
+    """Its digest; None where nothing was trained, because memory answers too few of the edits to teach them."""
     live: int
-    """Edits that it was taught."""
+    """Edits that were to be taught."""
     absorbed: tuple[str, ...]
     """Occurrences of those that it answers by itself."""
     went_on: bool

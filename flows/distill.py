@@ -9,7 +9,7 @@ from errata.rounds import Trained
 from errata.summary import DistillationSummary
 from tasks._conflicts import repeat_on_conflict
 from tasks._task import tell_run
-from tasks.distilling import commit_distillation, judge_distillation, order_distillation, stack_adapter, train_adapter
+from tasks.distilling import commit_distillation, judge_distillation, order_distillation, refuse_distillation, stack_adapter, train_adapter
 from tasks.projecting import project_versions
 
 
@@ -31,6 +31,8 @@ def distill_edits(stream: str = "main", afresh: bool = False, dry_run: bool = Fa
 
     while (order := order_distillation(stream, afresh)) is not None:
         trained = train_adapter(stream, order)
+        if trained.adapter is None:
+            return refuse_distillation(stream, trained)
         summary = repeat_on_conflict(partial(_place, stream, trained, dry_run), "the adapter is put on the new head and judged there")
         if summary is not None:
             if not dry_run:

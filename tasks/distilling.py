@@ -45,6 +45,8 @@ from tasks._tiers import put_adapter, recall_all
 from tasks.committing import commit_once, describe_writer, shorten_reasons
 from tasks.evaluating import measure_candidate
 
+_ENOUGH = 0.5
+"""Share of the live edits that memory has to answer, for a base to be one that reads its context."""
 _LOOKED_BACK = 50
 """Accepted commits among which an adapter to go on from is looked for."""
 
@@ -56,12 +58,12 @@ def order_distillation(stream: str, afresh: bool) -> str | None:
     Args:
         afresh: go on from none, and distil even what is known.
     """
-    _, opened = open_named(stream)
+    settings, opened = open_named(stream)
     head, rows = opened.head, list(opened.index.find_rows("live"))
     learned = read_learned(opened, head.manifest)
     if not rows or (not afresh and learned.absorbed | learned.unlearned >= {row.id for row in rows}):
         return None
-    live, start = tuple(row.occurrence for row in rows), None if afresh else find_start(opened)
+    live, start = tuple(row.occurrence for row in rows), None if afresh else find_start(settings, opened)
     order = DistillationOrder(seq=head.seq + 1, parent=head.digest, manifest=head.manifest, accepted=head.accepted, live=live, start=start)
     return order.store(opened.objects)
 
@@ -71,8 +73,7 @@ def train_adapter(stream: str, order: str) -> Trained:
     """An adapter on the weights of the order's head that answers as memory does, stored. What it does not answer by itself in the end it
     has not absorbed.
 
-    Raises:
-        InputError: memory answers no prompt of the live edits, so that there is nothing to teach.
+    Only edits that memory answers are taught: a base that does not take a fact from its context would teach what was true before.
     """
     settings, opened = open_named(stream)
     begun = time.perf_counter()
@@ -81,7 +82,14 @@ def train_adapter(stream: str, order: str) -> Trained:
     rows = [opened.resolve_edit(name) for name in work.live]
     edits = list(opened.read_edits(rows))
     memory = recall_all(settings, opened, head.base, rows)
-    drawn = draw_lessons(edits, partial(_teach, model.base, memory), model.base.tokenizer, settings.evaluate.seed)
+    told = find_answered_by(settings, model.base, [memory], edits)
+    if sum(told) < _ENOUGH * len(edits):
+        said = (
+            f"Memory answers {sum(told)} of {len(edits)} live edits: this base does not take facts from its context, and cannot teach them."
+        )
+        return Trained(adapter=None, live=len(edits), absorbed=(), went_on=False, told=said, seconds=time.perf_counter() - begun)
+    taught = [edit for edit, takes in zip(edits, told, strict=True) if takes]
+    drawn = draw_lessons(taught, partial(_teach, model.base, memory), model.base.tokenizer, settings.evaluate.seed)
     beneath = load_artifacts(opened.objects, head.model_copy(update={"layers": head.layers[:1]}))
     with show_training("distilling") as on_progress:
         made = distil_lessons(
@@ -115,6 +123,7 @@ def stack_adapter(stream: str, trained: Trained) -> tuple[str, Round] | None:
     head = opened.head
     if not all(_still_says(opened, name) for name in trained.absorbed):
         return None
+    assert trained.adapter is not None, "what was not trained is not put anywhere"
     order = DistillationOrder(
         seq=head.seq + 1, parent=head.digest, manifest=head.manifest, accepted=head.accepted, live=trained.absorbed, start=None
     )
@@ -190,8 +199,27 @@ def commit_distillation(stream: str, order: str, trained: Trained, judged: Round
     )
 
 
-def find_start(stream: Stream) -> str | None:
-    """Digest of the newest adapter on the head's base whose absorbed edits are all live still, among those of the last accepted commits."""
+@stage
+def refuse_distillation(stream: str, trained: Trained) -> DistillationSummary:
+    """What is said where nothing could be trained. Nothing is committed."""
+    _, opened = open_named(stream)
+    return DistillationSummary(
+        stream=opened.name,
+        commit=None,
+        decision="reject",
+        live=opened.index.counts().get("live", 0),
+        taught=0,
+        absorbed=0,
+        went_on=False,
+        metrics={},
+        reasons=(trained.told,),
+        seconds={"distill": round(trained.seconds, 3)},
+    )
+
+
+def find_start(settings: Settings, stream: Stream) -> str | None:
+    """Digest of the newest adapter of the size that is wanted, on the head's base, whose absorbed edits are all live still, among those of
+    the last accepted commits."""
     head, seen = stream.head, set[str]()
     commits = (stream.log.read(seq) for seq in range(head.accepted, 0, -1))
     for commit in islice(filter(is_accepted, commits), _LOOKED_BACK):
@@ -201,7 +229,8 @@ def find_start(stream: Stream) -> str | None:
                 continue
             seen.add(layer.artifact)
             adapter = LoraAdapter.from_bytes(stream.objects.get(layer.artifact))
-            if adapter.base == head.base and all(_still_says(stream, name) for name in adapter.absorbed):
+            wanted = adapter.base == head.base and (adapter.rank, adapter.alpha) == (settings.distill.r, settings.distill.alpha)
+            if wanted and all(_still_says(stream, name) for name in adapter.absorbed):
                 return layer.artifact
     return None
 

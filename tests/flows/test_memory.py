@@ -309,6 +309,17 @@ def test_what_no_pairs_lead_back_to_is_kept_with_archived_versions(desk: Any, ma
     assert set(survey.given_up) == {desk.read_manifest(2).layers[0].artifact}
 
 
+def test_a_base_that_does_not_read_teaches_nothing(desk: Any, make_edit: Make, errata: Errata, monkeypatch: pytest.MonkeyPatch) -> None:
+    from errata.editors.memory import EditMemory
+
+    desk.submit("monday", *(make_edit(number, number % 4, number, id=f"case-{number}") for number in range(2)))
+    desk.apply()
+    monkeypatch.setattr(EditMemory, "write_prompts", lambda self, base, prompts, room: [None] * len(prompts))
+    ran = errata("distill", "--json")
+    assert ran.code == 3 and (ran.json["decision"], ran.json["commit"], desk.open().head.seq) == ("reject", None, 1)
+    assert ran.json["reasons"][0].startswith("Memory answers 0 of 2 live edits: this base does not take facts from its context")
+
+
 def test_there_has_to_be_something_to_distil(desk: Any, errata: Errata) -> None:
     ran = errata("distill")
     assert ran.code == 0 and "nothing to distil in main" in ran.out
