@@ -310,11 +310,13 @@ def test_what_no_pairs_lead_back_to_is_kept_with_archived_versions(desk: Any, ma
 
 
 def test_a_base_that_does_not_read_teaches_nothing(desk: Any, make_edit: Make, errata: Errata, monkeypatch: pytest.MonkeyPatch) -> None:
-    from errata.editors.memory import EditMemory
+    from errata.retrieval import demonstrations
 
-    desk.submit("monday", *(make_edit(number, number % 4, number, id=f"case-{number}") for number in range(2)))
+    first, second = make_edit(0, 0, 0, id="first"), make_edit(1, 1, 2, id="second")
+    desk.submit("monday", first, second)
     desk.apply()
-    monkeypatch.setattr(EditMemory, "write_prompts", lambda self, base, prompts, room: [None] * len(prompts))
+    # A layout that this base was never taught.
+    monkeypatch.setattr(demonstrations, "_spell_fact", lambda fact: f"{fact.target} ")
     ran = errata("distill", "--json")
     assert ran.code == 3 and (ran.json["decision"], ran.json["commit"], desk.open().head.seq) == ("reject", None, 1)
     assert ran.json["reasons"][0].startswith("Memory answers 0 of 2 live edits: this base does not take facts from its context")
