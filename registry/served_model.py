@@ -22,6 +22,7 @@ from mlflow.pyfunc.model import PythonModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from errata.editors.kinds import load_artifact
+from errata.editors.memory import EditMemory
 from errata.errors import BaseMismatchError, FormatError, InputError, ModelError, ObjectCorruptError
 from errata.modeling.loading import Base, load_base, share_base
 from errata.modeling.patch import attach
@@ -193,6 +194,9 @@ def _assemble(base: Base, folder: Path, record: dict[str, Any], parts: _Parts) -
         data = (folder / layer["file"]).read_bytes()
         _check(data, layer["digest"], f"{layer['file']} of commit {record['commit']}")
         artifacts.append(load_artifact(data, lambda digest: parts.read(folder, record["parts"], digest)))
+    for artifact in artifacts:
+        if isinstance(artifact, EditMemory):
+            artifact.load()
     edited = _share(base)
     attached = attach(edited, artifacts)
     attached.__enter__()

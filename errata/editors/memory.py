@@ -136,6 +136,12 @@ class EditMemory:
         """See `errata.modeling.queries.route_queries`."""
         return route_queries(base, self.write_prompts)
 
+    def load(self) -> None:
+        """Load what answering takes, which takes seconds, so that no question has to wait for it."""
+        _ = self._store, self._nearest
+        if self.facts and self.options.scope == "guarded":
+            open_encoder(self.options.encoder)
+
     def write_prompts(self, base: Base, prompts: Sequence[str], room: int) -> list[list[int] | None]:
         """What the base reads for each prompt: facts, demonstrations and the prompt, or None where no fact is asked for.
 
