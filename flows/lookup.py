@@ -18,7 +18,7 @@ from registry.setbacks import list_aside, read_setbacks
 from registry.shared import get_base
 from registry.storage.base import Entry
 from registry.stream import Stream
-from registry.tiers import describe_tiers
+from registry.tiers import describe_tiers, list_tiers
 
 Facts = dict[str, Any]
 
@@ -151,7 +151,8 @@ def describe_edit(stream: Stream, row: EditRow) -> Facts:
         for item in stream.index.find_occurrences(row.id)
     ]
     beside = [item for item in stream.index.find_subject(record.edit.subject_key) if item.occurrence != row.occurrence]
-    shared = [item.occurrence for item in beside if row.status == "live" and (item.pairs, item.row) == (row.pairs, row.row)]
+    written = row.status == "live" and row.pairs is not None
+    shared = [item.occurrence for item in beside if written and (item.pairs, item.row) == (row.pairs, row.row)]
     return {
         "id": row.id,
         "occurrence": row.occurrence,
@@ -161,6 +162,7 @@ def describe_edit(stream: Stream, row: EditRow) -> Facts:
         "measured": _find_measurement(stream, row),
         "same_subject": [item.occurrence for item in beside],
         "shares_pair": shared,
+        "tiers": list_tiers(stream, row) if row.status == "live" else [],
         "history": history,
     }
 

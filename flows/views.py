@@ -144,6 +144,7 @@ def build_edit(facts: Facts) -> RenderableType:
         ("says", escape(f"{edit['prompt'].replace('{}', edit['subject'])} → {edit['target_new']}")),
         ("from", escape(facts["origin"]) or "–"),
         ("same subject", escape(", ".join(facts["same_subject"])) or "no other live edit"),
+        *([("answers from", ", ".join(facts["tiers"]))] if facts["tiers"] else []),
         *([("shares its pair", f"with {escape(', '.join(facts['shares_pair']))}")] if facts["shares_pair"] else []),
     ]
     if measured:

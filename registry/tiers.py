@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from registry.fold import split_occurrence
+from registry.fold import EditRow, split_occurrence
 from registry.objects import read_metadata
 from registry.stream import Stream
 
@@ -28,6 +28,15 @@ def read_learned(stream: Stream, manifest: str) -> Learned:
     """
     found = _read_layer(stream, manifest, ADAPTER)
     return Learned(*(frozenset(split_occurrence(name)[0] for name in found.get(field, ())) for field in Learned._fields))
+
+
+def list_tiers(stream: Stream, row: EditRow) -> list[str]:
+    """Where a live edit of the newest accepted version answers from. What memory holds besides, because it is to hold everything, is not
+    told."""
+    learned = read_learned(stream, stream.head.manifest)
+    found = (("weights", row.pairs is not None), ("adapter", row.id in learned.absorbed))
+    held = row.id in learned.unlearned or not any(is_there for _, is_there in found)
+    return [name for name, is_there in (*found, ("memory", held)) if is_there]
 
 
 def describe_tiers(stream: Stream) -> dict[str, Any]:

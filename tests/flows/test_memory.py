@@ -107,6 +107,8 @@ def test_an_edit_answers_from_memory_until_the_next_batch_writes_it(
     assert why["memory"]["scores"][0]["similarity"] >= why["memory"]["floor"]
     assert "case 2: it names the subject of one fact" in errata("ask", "--why", f"It is said. {first.rewrite_prompt}").out
     assert remember() == []
+    shown = errata("show", "first", "--json").json
+    assert shown["tiers"] == ["memory"] and shown["shares_pair"] == [] and "answers from" in errata("show", "first").out
 
     desk.submit("tuesday", make_edit(2, 2, 3, id="third"))
     (batch,) = desk.apply()
