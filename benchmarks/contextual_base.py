@@ -32,7 +32,7 @@ from errata.world import World
 
 DEMONSTRATIONS = (0, 4, 8, 12)
 OWN, PARAPHRASE, OTHER_PERSON, OTHER_RELATION = "own prompt", "paraphrase", "another person", "another relation"
-_PER_KIND = 500
+_PER_KIND = 200
 """Questions of a kind at most: drawn from all."""
 
 out = Console(width=150)

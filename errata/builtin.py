@@ -90,8 +90,10 @@ NAMED = {"builtin": BUILTIN, "builtin-contextual": CONTEXTUAL}
 SMALL = BuiltinSettings(world=WorldSettings(persons=40), width=64, layers=4, inner=256, site=1, steps=120, tokens=800)
 """A sibling for unit tests: the same shape and tokenizer in seconds, but it knows little."""
 
-SMALL_CONTEXTUAL = SMALL.model_copy(update={"positions": 512, "steps": 120, "passages": 0.5})
-"""The contextual base's own, for unit tests."""
+SMALL_CONTEXTUAL = SMALL.model_copy(
+    update={"world": WorldSettings(persons=20), "positions": 512, "steps": 320, "passages": 0.5, "threads": 1}
+)
+"""The contextual base's own, for unit tests: knows its twenty persons, and often reads."""
 
 
 def ensure_builtin(settings: BuiltinSettings, cache_dir: Path, progress: Progress | None = None) -> Path:

@@ -34,9 +34,9 @@ OTHER_TOKENS = 0.3
 WEIGHT_DECAY = 0.1
 ROW_LENGTHS = (24, 24, 24, 48, 96)
 """Most tokens per row, one drawn per step: short prompts and long contexts are both trained."""
-OPENING = 0.1
-"""Share of the steps that are passages only. Looking up in the text is learned at once or late: together with facts from the beginning,
-memory takes what it can and looking up begins only when most steps are over."""
+OPENING = 111
+"""Steps that are short passages only, where there are passages at all. Looking up in the text is learned within a hundred of them; with
+facts from the beginning memory came first, and looking up only after several hundred."""
 
 
 def train_builtin(settings: BuiltinSettings, folder: Path, progress: Progress | None = None) -> dict[str, object]:
@@ -248,7 +248,7 @@ class _Training:
     def _draw_step(self, step: int) -> _Rows:
         """Ordinary text or passages; with passages at all, short ones alone at the beginning."""
         share = self.settings.passages
-        if share and step < OPENING * self.settings.steps:
+        if share and step < OPENING:
             return self._draw_passages(OPENERS)
         return self._draw_passages(DEMONSTRATIONS) if self.passage_rng.random() < share else self._draw_text()
 

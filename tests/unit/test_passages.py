@@ -11,10 +11,15 @@ from errata.builtin import BUILTIN, CONTEXTUAL, NAMED, SMALL, SMALL_CONTEXTUAL, 
 from errata.edits import SLOT
 from errata.modeling.loading import load_base
 from errata.passages import DEMONSTRATIONS, OPENERS, Passage, draw_passage
+from errata.profiles import parse_profile
 from errata.retrieval.demonstrations import spell_context
 from errata.retrieval.facts import Fact
-from errata.training import _build_model, _Training, train_tokenizer
+from errata.settings import load_settings
+from errata.suggestions import BUILTIN_SUGGESTION, suggest_builtin
+from errata.training import OPENING, _build_model, _Training, measure_accuracy, train_tokenizer
 from errata.world import RELATIONS, World, WorldSettings, make_world
+from registry.shared import get_base, get_profile
+from tasks.onboarding import start_stream
 
 WORLD = make_world(WorldSettings(persons=60))
 MOST = max(DEMONSTRATIONS)
@@ -121,7 +126,7 @@ def test_the_longest_passage_has_room(settings: BuiltinSettings) -> None:
     fact = Fact("", name, template, target, (), (prompt,))
     longest = "".join(spell_context(fact, [fact] * MOST, prompt)) + f" {target}."
     assert count(longest) + 2 <= settings.positions  # an end before and after
-    assert set(OPENERS) <= set(DEMONSTRATIONS)
+    assert max(OPENERS) <= MOST
 
 
 def test_the_layouts_words_are_few_tokens_and_pieces_join() -> None:
@@ -138,11 +143,11 @@ def test_the_layouts_words_are_few_tokens_and_pieces_join() -> None:
 def test_the_trainer_marks_what_a_passage_marks() -> None:
     world = make_world(SMALL_CONTEXTUAL.world)
     training = start_training(SMALL_CONTEXTUAL, world)
-    for step in range(60):
+    for step in range(OPENING - 10, OPENING + 50):
         rows = training._draw_step(step)
         assert max(map(len, rows.ids)) <= SMALL_CONTEXTUAL.positions
         if not rows.chance:
-            assert step >= SMALL_CONTEXTUAL.steps // 10, "passages alone at the beginning"
+            assert step >= OPENING, "passages alone at the beginning"
             continue
         objects = {item for relation in RELATIONS for item in relation.objects}
         answers: dict[int, list[int]] = {row: [] for row in range(len(rows.ids))}
@@ -158,6 +163,34 @@ def test_the_trainer_marks_what_a_passage_marks() -> None:
             assert training.tokenizer.decode(rows.ids[row][: position + 1]).endswith(world.persons[person])
 
 
-def test_the_small_contextual_base_is_trained_in_seconds(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_small_contextual_base_remembers_and_reads(tmp_path: Path) -> None:
     base = load_base(ensure_builtin(SMALL_CONTEXTUAL, tmp_path), device="cpu")
+    world = make_world(SMALL_CONTEXTUAL.world)
     assert base.context == SMALL_CONTEXTUAL.positions
+    assert measure_accuracy(base.model, base.tokenizer, world.untouched([])) >= 0.9
+    rows = []
+    for edit in world.make_edits(20, 0):
+        fact = Fact(edit.edit_id, edit.subject, edit.prompt, edit.target_new, (), edit.paraphrase_prompts)
+        rows += [("".join(spell_context(fact, (), prompt)), edit.target_new) for prompt in (edit.rewrite_prompt, *edit.paraphrase_prompts)]
+    assert measure_accuracy(base.model, base.tokenizer, rows) >= 0.8, "a fact in front contradicts memory, and is followed"
+
+
+def test_each_base_of_the_project_has_its_own_profile() -> None:
+    assert set(NAMED) == {"builtin", "builtin-contextual"}
+    own, first = (suggest_builtin(settings.digest) for settings in (CONTEXTUAL, BUILTIN))
+    assert first is BUILTIN_SUGGESTION
+    assert own.origin != first.origin
+    assert max(own.prepare.layers) <= CONTEXTUAL.site < CONTEXTUAL.layers
+
+
+def test_a_stream_on_the_contextual_base_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = SMALL_CONTEXTUAL.model_copy(update={"steps": 2})
+    monkeypatch.setitem(NAMED, "builtin-contextual", tiny)
+    monkeypatch.setattr("errata.suggestions.CONTEXTUAL", tiny)
+    settings = load_settings(root=str(tmp_path / "root"), cache=tmp_path / "cache", stream="main")
+    stream = start_stream(settings, "builtin-contextual")
+    base = get_base(stream.storage, stream.head.base)
+    assert (base.kind, base.source) == ("builtin", tiny.digest)
+    profile = parse_profile(get_profile(stream.storage, base.digest, stream.head.profile))
+    assert profile.origin == suggest_builtin(tiny.digest).origin != BUILTIN_SUGGESTION.origin
