@@ -36,26 +36,28 @@ from benchmarks.context_streams import (
     BASE,
     D4S_NAME,
     DISTILLED,
-    FROM_BASE,
     MIKE,
     MIKE_PAPER,
-    NO_BASE,
     SHOWN,
+    STUDENTS,
     Kind,
     Shares,
     Stream,
-    choose_beneath,
-    choose_options,
+    Teaching,
     out,
     tell,
 )
 from errata.builtin import CAVEAT, CONTEXTUAL
 from errata.distill_options import DistillOptions
 from errata.distillation.distil import measure_truncation
+from errata.editors.memory import open_encoder
+from errata.edits import SLOT
 from errata.evaluation.scoring import score_targets
 from errata.modeling.patch import attach
 from errata.modeling.queries import encode_queries
+from errata.retrieval.routing import FLOOR, PLACEHOLDER, find_floor
 from errata.settings import load_settings
+from errata.world import RELATIONS
 
 METHODS = (BASE, ALWAYS, D4S_NAME, MIKE, MIKE_PAPER, DISTILLED)
 SWEEP: tuple[tuple[Kind, int], ...] = (
@@ -109,15 +111,16 @@ def run(
             found[seed] = {name: stream.measure(name) for name in METHODS}
             _print_shares(f"seed {seed}: {size:,} edits of distinct slots, {min(judged, size)} of them asked about", found[seed])
             _print_training(stream, [DISTILLED])
+        _print_routing(first)
         _print_means(found)
         _print_orderings(found)
         figure.parent.mkdir(parents=True, exist_ok=True)
         draw_methods(found, figure)
         out.print(f"picture: {figure}")
     if "ablations" in asked:
-        names = (BASE, D4S_NAME, *SHOWN, MIKE, DISTILLED, NO_BASE, FROM_BASE)
+        names = (BASE, D4S_NAME, *SHOWN, MIKE, *STUDENTS)
         _print_shares("ablations, seed 0; MIKE shows 12 where nothing is said", {name: first.measure(name) for name in names})
-        _print_training(first, [DISTILLED, NO_BASE, FROM_BASE])
+        _print_training(first, list(STUDENTS))
     if "cost" in asked:
         _print_cost(first)
         _print_truncation(first)
@@ -181,13 +184,42 @@ def _print_orderings(found: Found) -> None:
     out.print(table)
 
 
+def _print_routing(stream: Stream) -> None:
+    """Which fact memory finds for what is asked, against the floor that would suit this world's few templates best."""
+    templates = [(relation.name, template.replace(SLOT, PLACEHOLDER)) for relation in RELATIONS for template in relation.templates]
+    rows = open_encoder(stream.memory.options.encoder).encode([template for _, template in templates])
+    scores: dict[bool, list[float]] = {True: [], False: []}
+    for (one, _), left in zip(templates, rows, strict=True):
+        for (other, _), right in zip(templates, rows, strict=True):
+            if left is not right:
+                scores[one == other].append(float(left @ right))
+    fitting = find_floor(scores[True], scores[False])
+    memories = {
+        f"guarded, floor {FLOOR}": stream.memory,
+        f"guarded, floor {fitting:.3f}: fitted to this world": stream.change_memory(floor=fitting),
+        "paper": stream.change_memory(scope="paper"),
+    }
+    kinds = ("rewrite", "paraphrase", "neighbour", "same")
+    table = Table(title=f"routing, seed {stream.seed}: share of questions that got the fact of their edit (that got another one)")
+    for name in ("scope", *kinds):
+        table.add_column(name, justify="right")
+    for name, memory in memories.items():
+        routes = memory.route([row.prompt for row in stream.questions])
+        own, other = ({kind: [] for kind in kinds} for _ in range(2))
+        for row, route in zip(stream.questions, routes, strict=True):
+            own[row.kind].append(route.fact is not None and route.fact.id == row.edit.edit_id)
+            other[row.kind].append(route.fact is not None and route.fact.id != row.edit.edit_id)
+        table.add_row(name, *(f"{_spell(statistics.mean(own[kind]))} ({_spell(statistics.mean(other[kind]))})" for kind in kinds))
+    out.print(table)
+
+
 def _print_training(stream: Stream, names: Sequence[str]) -> None:
     table = Table(title=f"distillation, seed {stream.seed}: one thread; KL on validation, nats per position, in scope and out of scope")
     titles = ("lessons in, out", "rows (from the disk)", "teacher s", "student s", "steps", "best epoch", "KL before", "after")
     for title in ("student", *titles):
         table.add_column(title, justify="right")
     for name in names:
-        report = stream.read_report(choose_options(name), choose_beneath(stream, name))
+        report = stream.read_report(STUDENTS[name])
         table.add_row(
             name,
             f"{report['lessons_inside']:,}, {report['lessons_outside']:,}",
@@ -206,8 +238,8 @@ def _print_options(stream: Stream) -> None:
     for name in ("lr", "epochs", "batch_tokens", "steps", "best epoch", "student s", "KL after", *_MEASURES[:6]):
         table.add_column(name, justify="right")
     for lr, epochs, batch_tokens in GRID:
-        options = DistillOptions(lr=lr, epochs=epochs, batch_tokens=batch_tokens)
-        shares, report = stream.measure_distilled(options), stream.read_report(options, [stream.delta])
+        teaching = Teaching(DistillOptions(lr=lr, epochs=epochs, batch_tokens=batch_tokens))
+        shares, report = stream.measure_student(teaching), stream.read_report(teaching)
         best = f"{report['best_epoch']} of {len(report['curve'])}"
         spelt = ", ".join(f"{report['after'][scope]:.3f}" for scope in ("inside", "outside"))
         cells = (f"{lr:g}", str(epochs), str(batch_tokens), f"{report['steps']:,}", best, f"{report['student_seconds']:.0f}", spelt)
@@ -258,7 +290,7 @@ def _time(do: Callable[[], object]) -> float:
 
 
 def _print_truncation(stream: Stream) -> None:
-    inside, outside = ([lesson for lesson in stream.drawn.lessons if lesson.in_scope is scope] for scope in (True, False))
+    inside, outside = ([lesson for lesson in stream.draw("guarded").lessons if lesson.in_scope is scope] for scope in (True, False))
     lessons = [*inside[:_TRUNCATED], *outside[:_TRUNCATED]]
     table = Table(title=f"KL(teacher ‖ student), nats per position, {len(lessons)} lessons: the likeliest tokens and one bucket")
     table.add_column("student")

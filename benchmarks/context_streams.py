@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from benchmarks.edit_quality import write_stream
 from errata.builtin import CONTEXTUAL
 from errata.candidates import load_artifacts
 from errata.distill_options import DistillOptions
-from errata.distillation.distil import Distilled, distil_lessons
+from errata.distillation.distil import distil_lessons
 from errata.distillation.lessons import Drawn, draw_lessons
 from errata.distillation.teacher import write_whole
 from errata.editors.artifacts import Artifact, WeightDelta
@@ -32,11 +32,13 @@ from errata.modeling.patch import attach
 from errata.modeling.queries import RESERVE
 from errata.retrieval.demonstrations import spell_context
 from errata.retrieval.facts import Fact
+from errata.retrieval.routing import Scope
 from errata.suggestions import suggest_builtin
 from errata.world import World
 
 BASE, ALWAYS, D4S_NAME, MIKE, MIKE_PAPER, DISTILLED = "base", "always in context", "D4S", "MIKE", "MIKE, scope paper", "DistillMIKE"
 NO_BASE, FROM_BASE = "DistillMIKE, base does not teach", "DistillMIKE, student from the base"
+BY_PAPER = "DistillMIKE, taught in scope paper"
 SHOWN = {f"MIKE, k = {count}": count for count in (0, 4, 8)}
 """Name → demonstrations, of memories that show fewer than the default."""
 _FORMAT = 1
@@ -63,6 +65,23 @@ class Asked(NamedTuple):
     answer: str
     other: str
     """What is to be less likely."""
+
+
+class Teaching(NamedTuple):
+    """How a student is taught."""
+
+    options: DistillOptions = DistillOptions()
+    from_base: bool = False
+    """Else from D4S."""
+    scope: Scope = "guarded"
+
+
+STUDENTS = {
+    DISTILLED: Teaching(),
+    NO_BASE: Teaching(DistillOptions(base_teacher=False)),
+    FROM_BASE: Teaching(from_base=True),
+    BY_PAPER: Teaching(scope="paper"),
+}
 
 
 @dataclass(frozen=True)
@@ -121,49 +140,58 @@ class Stream:
         return memory.update([self._state(edit, edit.edit_id) for edit in self.edits], [])
 
     @cached_property
-    def drawn(self) -> Drawn:
-        self._tell("lessons")
-        room = self.base.context - RESERVE
-        return draw_lessons(self.edits, lambda prompts: self.memory.write_prompts(self.base, prompts, room), self.base.tokenizer, self.seed)
+    def drawn(self) -> dict[Scope, Drawn]:
+        """Lessons, by the scope of the memory that teaches; those of a scope when they are first asked for."""
+        return {}
+
+    def draw(self, scope: Scope) -> Drawn:
+        if scope not in self.drawn:
+            self._tell(f"lessons, scope {scope}")
+            memory, room = self.change_memory(scope=scope), self.base.context - RESERVE
+            teach = partial(_write_prompts, memory, self.base, room)
+            self.drawn[scope] = draw_lessons(self.edits, teach, self.base.tokenizer, self.seed)
+        return self.drawn[scope]
+
+    def change_memory(self, **options: Any) -> EditMemory:
+        return replace(self.memory, options=replace(self.memory.options, **options))
 
     def find_artifacts(self, name: str) -> list[Artifact]:
         """What a method puts on the base."""
-        if name in (BASE, ALWAYS):
-            return []
-        if name == D4S_NAME:
-            return [self.delta]
-        if name in (MIKE, MIKE_PAPER, *SHOWN):
-            options = self.memory.options
-            options = replace(options, demonstrations=SHOWN.get(name, options.demonstrations))
-            return [replace(self.memory, options=replace(options, scope="paper") if name == MIKE_PAPER else options)]
-        beneath = choose_beneath(self, name)
-        return [*beneath, self.distil(choose_options(name), beneath).adapter]
+        if name in STUDENTS:
+            return self.teach(STUDENTS[name])
+        if name in SHOWN:
+            return [self.change_memory(demonstrations=SHOWN[name])]
+        chosen: dict[str, Callable[[], list[Artifact]]] = {
+            BASE: list,
+            ALWAYS: list,
+            D4S_NAME: lambda: [self.delta],
+            MIKE: lambda: [self.memory],
+            MIKE_PAPER: lambda: [self.change_memory(scope="paper")],
+        }
+        return chosen[name]()
 
-    def distil(self, options: DistillOptions, beneath: Sequence[Artifact]) -> Distilled:
-        """A LoRA; the same again trains nothing."""
-        lessons = self.drawn.lessons
-        self._tell(f"distillation of {len(lessons):,} lessons")
-        made = distil_lessons(self.base, beneath, lessons, options, self.work, [], None, _tell_training())
-        self._remember(["report", options.digest, len(beneath)], lambda: made.report.model_dump(mode="json"))
-        return made
+    def teach(self, teaching: Teaching) -> list[Artifact]:
+        """A student: what it started from, and a LoRA. The same again trains nothing."""
+        lessons, beneath = self.draw(teaching.scope).lessons, [] if teaching.from_base else [self.delta]
+        self._tell(f"a student of {len(lessons):,} lessons")
+        made = distil_lessons(self.base, beneath, lessons, teaching.options, self.work, [], None, _tell_training())
+        self._remember(_name_report(teaching), lambda: made.report.model_dump(mode="json"))
+        return [*beneath, made.adapter]
 
-    def read_report(self, options: DistillOptions, beneath: Sequence[Artifact]) -> Mapping[str, Any]:
+    def read_report(self, teaching: Teaching) -> Mapping[str, Any]:
         """Of the distillation, as it was when it was first done."""
-        asked = ["report", options.digest, len(beneath)]
-        return self._remember(asked, lambda: self.distil(options, beneath).report.model_dump(mode="json"))
+        if not self._name(_name_report(teaching), ".json").exists():
+            self.teach(teaching)
+        return self._remember(_name_report(teaching), dict)
 
     def measure(self, name: str) -> Shares:
         """Shares of a method, each with the name of what it measures."""
-        options = choose_options(name).digest if name.startswith(DISTILLED) else ""
-        return self._remember(["shares", name, options, self.judged], lambda: self._measure(name, self.find_artifacts(name)))
+        if name in STUDENTS:
+            return self.measure_student(STUDENTS[name])
+        return self._remember([name, "shares", self.judged], lambda: self._measure(name, self.find_artifacts(name)))
 
-    def measure_distilled(self, options: DistillOptions) -> Shares:
-        """Of a student from D4S."""
-
-        def measure() -> Shares:
-            return self._measure("", [self.delta, self.distil(options, [self.delta]).adapter])
-
-        return self._remember(["shares", DISTILLED, options.digest, self.judged], measure)
+    def measure_student(self, teaching: Teaching) -> Shares:
+        return self._remember([*_name_report(teaching), "shares", self.judged], lambda: self._measure("", self.teach(teaching)))
 
     def _measure(self, name: str, artifacts: Sequence[Artifact]) -> Shares:
         self._tell(f"asking {name or 'the student'}")
@@ -192,9 +220,7 @@ class Stream:
         """What `make` returns as JSON, made once."""
         path = self._name(name, ".json")
         if not path.exists():
-            content = json.dumps(make()).encode()
-            if not path.exists():
-                write_whole(path, content)
+            write_whole(path, json.dumps(make()).encode())
         return json.loads(path.read_text())
 
     def _name(self, name: Any, ending: str) -> Path:
@@ -206,18 +232,16 @@ class Stream:
         tell(f"{self.kind} {self.size:,}, seed {self.seed}: {what}")
 
 
-def choose_options(name: str) -> DistillOptions:
-    """How a student is taught: as shipped, but for what its name says."""
-    return DistillOptions(base_teacher=name != NO_BASE)
-
-
-def choose_beneath(stream: Stream, name: str) -> list[Artifact]:
-    """What a student starts from."""
-    return [] if name == FROM_BASE else [stream.delta]
-
-
 def tell(what: str) -> None:
     out.print(f"[dim]{time.perf_counter() - _began:5.0f} s  {what}[/]")
+
+
+def _write_prompts(memory: EditMemory, base: Base, room: int, prompts: Sequence[str]) -> list[list[int] | None]:
+    return memory.write_prompts(base, prompts, room)
+
+
+def _name_report(teaching: Teaching) -> list[Any]:
+    return ["student", teaching.options.digest, teaching.from_base, teaching.scope]
 
 
 def _judge(row: Asked, wanted: Scored, unwanted: Scored, before: Scored) -> Shares:
