@@ -81,7 +81,7 @@ class BuiltinSettings(BaseModel):
 BUILTIN = BuiltinSettings()
 """The base of `errata demo` and of the benchmarks: about a minute on two cores."""
 
-CONTEXTUAL = BUILTIN.model_copy(update={"positions": 512, "steps": 1_100, "passages": 0.45, "retained": 0.3})
+CONTEXTUAL = BUILTIN.model_copy(update={"positions": 512, "steps": 1_050, "passages": 0.45, "retained": 0.3})
 """A sibling that also reads facts put before a question, up to twelve demonstrations with them: for what edits in context."""
 
 NAMED = {"builtin": BUILTIN, "builtin-contextual": CONTEXTUAL}

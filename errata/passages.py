@@ -31,6 +31,8 @@ class Passage:
     """What is said after each prompt: of every demonstration, of the copy, of the question. The spaces before them are left out."""
     stated: tuple[Span, ...]
     """The targets of the facts in front: chance, so there is nothing to be learned from them."""
+    breaks: tuple[Span, ...]
+    """The line end after every answer but the last: not to be learned, so that an answer ends as it does without passages."""
     subjects: tuple[tuple[int, str], ...]
     """(the character after the name, person) of every name that is shown."""
 
@@ -68,7 +70,8 @@ def draw_passage(facts: Sequence[world.Fact], demonstrations: int, retained: flo
         for name in dict.fromkeys((source.subject, asked.subject)):
             subjects += [(len(text) + match.end(), name) for match in re.finditer(rf"\b{re.escape(name)}\b", piece)]
         text += piece
-    return Passage(f"{text}.", tuple(answers), tuple(stated), tuple(subjects))
+    breaks = tuple((end, end + 1) for _, end in answers[:-1])
+    return Passage(f"{text}.", tuple(answers), tuple(stated), breaks, tuple(subjects))
 
 
 def _state_anew(fact: world.Fact, rng: random.Random) -> Fact:

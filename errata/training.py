@@ -34,7 +34,7 @@ OTHER_TOKENS = 0.3
 WEIGHT_DECAY = 0.1
 ROW_LENGTHS = (24, 24, 24, 48, 96)
 """Most tokens per row, one drawn per step: short prompts and long contexts are both trained."""
-OPENING = 111
+OPENING = 110
 """Steps that are short passages only, where there are passages at all. Looking up in the text is learned within a hundred of them; with
 facts from the beginning memory came first, and looking up only after several hundred."""
 
@@ -128,14 +128,14 @@ class _Piece:
     """(position of a name's last token, whose it is)."""
     answers: list[int]
     """Positions that predict a token of an answer."""
-    chance: list[int] = field(default_factory=list)
-    """Positions after which comes what nobody can know."""
+    unlearned: list[int] = field(default_factory=list)
+    """Positions of which nothing is learned."""
 
     def after(self, words: list[int]) -> "_Piece":
         """The same with other words before it."""
         shift = len(words)
         subjects = [(position + shift, person) for position, person in self.subjects]
-        return _Piece([*words, *self.ids], subjects, [position + shift for position in self.answers], [p + shift for p in self.chance])
+        return _Piece([*words, *self.ids], subjects, [position + shift for position in self.answers], [p + shift for p in self.unlearned])
 
 
 @dataclass
@@ -149,8 +149,8 @@ class _Rows:
     """Whose name it is."""
     answers: list[tuple[int, int]] = field(default_factory=list)
     """(row, position) of each token that predicts a token of an answer."""
-    chance: list[tuple[int, int]] = field(default_factory=list)
-    """(row, position) of each token after which nothing is to be learned."""
+    unlearned: list[tuple[int, int]] = field(default_factory=list)
+    """(row, position) of each token that predicts what is not to be learned."""
 
     def add(self, piece: _Piece) -> None:
         """Append to the last row."""
@@ -158,7 +158,7 @@ class _Rows:
         self.subjects += [(row, start + position) for position, _ in piece.subjects]
         self.persons += [person for _, person in piece.subjects]
         self.answers += [(row, start + position) for position in piece.answers]
-        self.chance += [(row, start + position) for position in piece.chance]
+        self.unlearned += [(row, start + position) for position in piece.unlearned]
         self.ids[-1] += piece.ids
 
 
@@ -226,8 +226,8 @@ class _Training:
             targets[row, : len(tokens) - 1] = ids[row, 1 : len(tokens)]
         is_answer = torch.zeros(ids.shape, dtype=torch.bool)
         is_answer[tuple(torch.tensor(rows.answers).T)] = True
-        if rows.chance:
-            targets[tuple(torch.tensor(rows.chance).T)] = -100
+        if rows.unlearned:
+            targets[tuple(torch.tensor(rows.unlearned).T)] = -100
         known = targets != -100
         losses = F.cross_entropy(self.model.lm_head(hidden[known]), targets[known], reduction="none")
         answer = is_answer[known]
@@ -285,7 +285,7 @@ class _Training:
             ids=[*coded.input_ids, END],
             subjects=[(ends[end], self.person_of[name]) for end, name in passage.subjects],
             answers=predict(passage.answers),
-            chance=predict(passage.stated),
+            unlearned=predict((*passage.stated, *passage.breaks)),
         )
 
     def _write_fact(self) -> _Piece:

@@ -81,6 +81,7 @@ def test_answers_and_names_are_marked_where_they_stand(passages: list[Passage]) 
             assert text[begun:ended] == text[start:end], "a demonstration is answered by the fact before it"
             assert text[ended] == "\n" == text[end]
             assert "Prompt:" in text[ended:start]
+        assert passage.breaks == tuple((end, end + 1) for _, end in passage.answers[:-1])
         assert passage.answers[-1][1] == len(text) - 1
         assert all(text[:end].endswith(name) for end, name in passage.subjects)
         assert len({end for end, _ in passage.subjects}) == 2 * text.count("Prompt:")
@@ -146,7 +147,7 @@ def test_the_trainer_marks_what_a_passage_marks() -> None:
     for step in range(OPENING - 10, OPENING + 50):
         rows = training._draw_step(step)
         assert max(map(len, rows.ids)) <= SMALL_CONTEXTUAL.positions
-        if not rows.chance:
+        if not rows.unlearned:
             assert step >= OPENING, "passages alone at the beginning"
             continue
         objects = {item for relation in RELATIONS for item in relation.objects}
@@ -158,7 +159,7 @@ def test_the_trainer_marks_what_a_passage_marks() -> None:
             while rest:
                 rest = next(rest.removeprefix(item).strip() for item in objects if rest.startswith(item))
             assert training.tokenizer.decode(rows.ids[row]).count("Prompt:") <= len(ids)
-        assert not set(rows.chance) & set(rows.answers)
+        assert not set(rows.unlearned) & set(rows.answers)
         for (row, position), person in islice(zip(rows.subjects, rows.persons, strict=True), 40):
             assert training.tokenizer.decode(rows.ids[row][: position + 1]).endswith(world.persons[person])
 
