@@ -70,7 +70,7 @@ SWEEP: tuple[tuple[Kind, int], ...] = (
     ("slots", 2_000),
 )
 WANTED = 0.95
-GRID = ((5e-3, 10, 1_024), (5e-3, 10, 256), (5e-3, 20, 256), (2e-3, 20, 256), (1e-2, 20, 256), (5e-3, 20, 128))
+GRID = ((5e-3, 10, 1_024), (5e-3, 20, 256), (2e-3, 20, 256), (1e-2, 20, 256))
 """lr, epochs, batch_tokens."""
 _MEASURES = ("efficacy", "generalization", "agreement", "truth", "same subject, agreement", "same subject, truth", "ES", "PS", "NS")
 _TIMED, _ROUNDS = 60, 3
