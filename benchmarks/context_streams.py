@@ -29,7 +29,7 @@ from errata.evaluation.probes import split_probes
 from errata.evaluation.scoring import Question, Scored, score_targets
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
-from errata.modeling.queries import RESERVE
+from errata.modeling.queries import find_room
 from errata.retrieval.demonstrations import spell_context
 from errata.retrieval.facts import Fact
 from errata.retrieval.routing import Scope
@@ -147,7 +147,7 @@ class Stream:
     def draw(self, scope: Scope) -> Drawn:
         if scope not in self.drawn:
             self._tell(f"lessons, scope {scope}")
-            memory, room = self.change_memory(scope=scope), self.base.context - RESERVE
+            memory, room = self.change_memory(scope=scope), find_room(self.base)
             teach = partial(_write_prompts, memory, self.base, room)
             self.drawn[scope] = draw_lessons(self.edits, teach, self.base.tokenizer, self.seed)
         return self.drawn[scope]

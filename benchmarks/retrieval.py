@@ -1,11 +1,13 @@
 """Finding the fact that a question asks for: how fast at 10,000 to 1,000,000 facts, and how often right on CounterFact.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.retrieval [--sizes 10000,100000,1000000] [--records 400] [--parts guard,routing,speed]
+    OMP_NUM_THREADS=1 python -m benchmarks.retrieval [--sizes 10000,100000,1000000] [--records 400] [--parts guard,routing,names,nearest]
 
 guard    Which similarity tells a paraphrase of an edit from another question about its subject: five of them on CounterFact with ParaRel,
          and on KnowEdit's zsRE and wiki_counterfact. Floors are sought on half of the records and judged on the other half.
 routing  All edits of a file are live; questions are put to `FactStore` in both scopes.
-speed    Names are drawn from T-REx's by pairing words of two; a question names one of them in one of CounterFact's templates.
+names    To match and to route. Names are drawn from T-REx's by pairing words of two; a question has one of them in one of CounterFact's
+         templates.
+nearest  Demonstrations, both forms at every size.
 
 The data sets lie beside the checkout, in `../shared/data`; without them guard and routing are skipped, and names are made up.
 """
@@ -48,7 +50,7 @@ T = TypeVar("T")
 def run(
     sizes: Annotated[str, typer.Option(help="Facts, comma separated.")] = "10000,100000,1000000",
     records: Annotated[int, typer.Option(help="Edits of each file that questions are taken from.")] = 400,
-    parts: Annotated[str, typer.Option(help="Of guard, routing and speed.")] = "guard,routing,speed",
+    parts: Annotated[str, typer.Option(help="Of guard, routing, names and nearest.")] = "guard,routing,names,nearest",
 ) -> None:
     torch.set_num_threads(1)
     _print_load("at the start")
@@ -62,8 +64,11 @@ def run(
     if "routing" in asked:
         for name in (ENRICHED, DEV):
             _judge_routing(encoder, name, records)
-    if "speed" in asked:
-        _time_sizes(encoder, [int(size) for size in sizes.split(",")])
+    counts = [int(size) for size in sizes.split(",")]
+    if "names" in asked:
+        _time_names(encoder, counts)
+    if "nearest" in asked:
+        _time_demonstrations(counts)
     _print_load("at the end")
 
 
@@ -253,7 +258,7 @@ def draw_facts(count: int) -> list[Fact]:
     return [Fact(f"{place:016x}", name, chance.choice(templates), "X") for place, name in enumerate(made)]
 
 
-def _time_sizes(encoder: Encoder, sizes: Sequence[int]) -> None:
+def _time_names(encoder: Encoder, sizes: Sequence[int]) -> None:
     table = Table(title="finding facts, one query at a time, median (99th percentile) in µs")
     for name in ("facts", "names: add s", "MB", "match", "long text", "store: add s", "MB", "paper", "guarded", "remove", "append"):
         table.add_column(name, justify="right")
@@ -263,8 +268,11 @@ def _time_sizes(encoder: Encoder, sizes: Sequence[int]) -> None:
     out.print(table)
     out.print(
         "[dim]match: names in a question of one sentence; long text: in 400 words of WikiText; paper: case 2, nothing encoded; guarded:\n"
-        "with one question encoded, templates known; MB as Python counts its objects: names without the facts, store with them.[/]"
+        "with one question encoded, templates known; MB as Python counts its objects, facts not counted.[/]"
     )
+
+
+def _time_demonstrations(sizes: Sequence[int]) -> None:
     table = Table(title=f"{SHOWN} nearest of vectors {WIDTH} wide (400 templates' worth of directions, spread): median ms per query")
     for name in ("facts", "form", "add s", "one query", "in 64", f"of the nearest {SHOWN}", "append 100, ms", "remove 100, ms", "MB"):
         table.add_column(name, justify="left" if name == "form" else "right")

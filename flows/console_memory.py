@@ -8,6 +8,7 @@ from rich.markup import escape
 from errata.settings import Settings
 from flows import views
 from flows.commandline import EPILOG, REFUSED, AsJson, StreamName, open_here, out, print_json
+from flows.lookup import count_pending
 from flows.prefect_server import start_prefect
 
 
@@ -38,6 +39,8 @@ def remember_waiting(settings: Settings, stream: str, as_json: bool) -> None:
         out.print(f"nothing waits in the inbox of [bold]{stream}[/] that memory has not tried")
     else:
         out.print(views.build_batches(summaries))
+        if waiting := count_pending(open_here(stream)[1]):
+            out.print(f"{waiting} records are left to [bold]errata apply[/]: memory does not answer them on this base")
 
 
 def distill(

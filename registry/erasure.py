@@ -155,7 +155,7 @@ def _note_named(stream: Stream, commit: Commit, survey: Survey) -> None:
         known = survey.layers.setdefault(digest, carries)
         survey.layers[digest] = known and (carries or what == "snapshot")
     keeping = [layer for layer in manifest.get("layers", ()) if layer["editor"] in _KEEPING]
-    for what, digest in list_layers({"layers": keeping}):
+    for what, digest in (named for layer in keeping for named in list_layers({"layers": [layer]})):
         if what != "change list":
             survey.versions.setdefault(digest, set()).add(commit.seq)
         if what == "artifact":

@@ -145,10 +145,11 @@ def list_named(commit: Commit) -> list[tuple[str, str]]:
 
 
 def list_layers(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a manifest names, as (what it is, digest)."""
-    for layer in manifest.get("layers", ()):
-        state = layer.get("state", {})
-        named = [("artifact", digest) for digest in (layer.get("artifact"), *layer.get("built_on", ()), *layer.get("parts", ()))]
+    """What a version consists of, as (what it is, digest). An artifact follows from the pairs and can be made again; one above it cannot.
+    What an adapter was once trained on (`built_on`) is none of it."""
+    for number, layer in enumerate(manifest.get("layers", ())):
+        state, kind = layer.get("state", {}), "artifact above" if number else "artifact"
+        named = [(kind, digest) for digest in (layer.get("artifact"), *layer.get("parts", ()))]
         named += [("snapshot", digest) for digest in (state.get("snapshot"), *state.get("parts", ()))]
         named += [("change list", digest) for digest in state.get("pairs_since", ())]
         yield from ((what, digest) for what, digest in named if digest)

@@ -27,7 +27,7 @@ from errata.gate import decide_whole
 from errata.manifests import Manifest
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
-from errata.modeling.queries import RESERVE
+from errata.modeling.queries import find_room
 from errata.report import Report
 from errata.rounds import Round, Trained
 from errata.settings import Settings
@@ -230,7 +230,7 @@ def tell_training(report: DistilReport, drawn: Drawn, live: int, absorbed: int) 
 
 
 def _teach(base: Base, memory: EditMemory, prompts: Sequence[str]) -> list[list[int] | None]:
-    return memory.write_prompts(base, prompts, base.context - RESERVE)
+    return memory.write_prompts(base, prompts, find_room(base))
 
 
 def _still_says(stream: Stream, occurrence: str) -> bool:

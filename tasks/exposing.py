@@ -3,6 +3,8 @@
     errata_weight_norm_ratio{stream,layer}        the newest report of the watch
     errata_retention{stream,age}                  the same
     errata_edits_total{stream,outcome}            the folded log
+    errata_memory_only_edits{stream}              the folded log
+    errata_memory_only_age_seconds{stream}        the same
     errata_batch_age_seconds{stream}              the inbox
     errata_champion_commit{stream}                the folded log
     errata_alias_lag_commits{stream}              the folded log against what the alias was last seen to show
@@ -27,11 +29,14 @@ from errata.settings import Settings
 from errata.watching import WatchReport
 from registry.marks import find_oldest_waiting, find_shown, find_success, read_watch
 from registry.stream import Stream, list_streams, open_stream
+from registry.tiers import describe_tiers
 
 _FAMILIES = {
     "errata_weight_norm_ratio": ("mean |W| / mean |W0| of an edited layer, when the watch last looked.", "layer"),
     "errata_retention": ("Efficacy of live edits by their age in commits, when the watch last looked.", "age"),
     "errata_edits_total": ("Records by what became of them, as they stand now; it can fall.", "outcome"),
+    "errata_memory_only_edits": ("Live edits that nothing but memory answers.", None),
+    "errata_memory_only_age_seconds": ("How long the oldest of them has been live; 0 where there is none.", None),
     "errata_batch_age_seconds": ("How long the oldest file in the inbox has waited; 0 where none waits.", None),
     "errata_champion_commit": ("The commit that is served.", None),
     "errata_alias_lag_commits": ("How many commits MLflow's alias is behind the champion of the log.", None),
@@ -112,6 +117,9 @@ def _read_stream(settings: Settings, name: str) -> Iterator[Sample]:
         yield from _read_report(report) if report else ()
         for outcome, number in stream.index.counts().items():
             yield "errata_edits_total", outcome, number
+        tiers = describe_tiers(stream)
+        yield "errata_memory_only_edits", None, tiers["unconsolidated"]
+        yield "errata_memory_only_age_seconds", None, tiers["oldest_seconds"] or 0
         yield from _read_life(stream)
     finally:
         stream.index.close()

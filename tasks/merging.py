@@ -93,7 +93,8 @@ def _bring_pairs(settings: Settings, stream: Stream, other: Stream, coming: Sequ
         return
     owners: dict[PairRef, list[Edit]] = {}
     for row, edit in coming:
-        owners.setdefault(refer(row), []).append(edit)
+        if row.pairs is not None:  # else it answers from memory there
+            owners.setdefault(refer(row), []).append(edit)
     scope = digest_preparation(model, stream.head.manifest)
     refs = list(owners)
     with show_progress("copying pairs") as on_progress:

@@ -13,8 +13,9 @@ from errata.modeling.tokens import encode_prompt
 Router = Callable[[Base, Sequence[str], int], Sequence[list[int] | None]]
 """A base, prompts, and the most tokens that may be read → the ids to read for each; None where it is the prompt itself."""
 
-RESERVE = 32
-"""Tokens of the context that are kept for an answer, at least: short answers of whatever length then follow one and the same context."""
+_RESERVE = 32
+"""Tokens of the context that are kept for an answer, at least: short answers of whatever length then follow one and the same context. A
+quarter of a context that is shorter than four times that."""
 _ROUTER = "_errata_router"
 """Attribute of the model itself, so that all views of one model agree."""
 
@@ -41,7 +42,11 @@ def encode_queries(base: Base, prompts: Sequence[str], answer: int) -> list[list
         answer: tokens that will follow.
     """
     router: Router | None = base.model.__dict__.get(_ROUTER)
-    room = max(base.context - max(answer, RESERVE), 1)
-    routed = router(base, prompts, room) if router and prompts else [None] * len(prompts)
+    routed = router(base, prompts, find_room(base, answer)) if router and prompts else [None] * len(prompts)
     longest = max(base.context - answer, 1)
     return [encode_prompt(base.tokenizer, prompt)[-longest:] if ids is None else ids for prompt, ids in zip(prompts, routed, strict=True)]
+
+
+def find_room(base: Base, answer: int = 0) -> int:
+    """Tokens that may be read before an answer of so many; the same for all that are short."""
+    return max(base.context - max(answer, min(_RESERVE, base.context // 4)), 1)

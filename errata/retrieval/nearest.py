@@ -16,8 +16,9 @@ from errata.errors import EditorError
 from errata.retrieval.encoder import Vectors
 from errata.retrieval.index import build_cells, has_faiss, rank_rows, score_rows
 
-CELLS_FROM = 100_000
-"""Facts on a CPU from which faiss answers, if it is installed (`python -m benchmarks.retrieval`)."""
+CELLS_FROM = 50_000
+"""Facts on a CPU from which faiss answers, if it is installed. It is faster from 10,000 on, but comparing all rows is exact: it is kept
+for as long as it is little beside an answer to twelve demonstrations (`python -m benchmarks.retrieval`: 17 ms on a busy core)."""
 _CELLS_PER_ROOT = 2
 """Centres are so many times the square root of the number of facts. More would be learnt too slowly without a GPU."""
 _PROBED = 64
@@ -65,14 +66,14 @@ class NearestFacts:
         if not bool(rows.isfinite().all()):
             raise EditorError("nearest facts: expected finite vectors, found others")
         places = dict(zip(ids, range(len(self._ids), len(self._ids) + len(ids)), strict=True))
-        if len(places) < len(ids) or (places.keys() & self._places.keys()):
+        if len(places) < len(ids) or any(id in self._places for id in ids):
             raise EditorError("nearest facts: expected new ids, found one that is there or comes twice")
         if not ids:
             return
         used = len(self._ids)
         if used + len(rows) > len(self._rows):
-            room = max(used + len(rows), 2 * used)
-            grown, removed = rows.new_zeros(room, rows.shape[1]), torch.zeros(room, dtype=torch.bool, device=rows.device)
+            room = max(used + len(rows), used + used // 2)
+            grown, removed = rows.new_empty(room, rows.shape[1]), torch.zeros(room, dtype=torch.bool, device=rows.device)
             if used:
                 grown[:used], removed[:used] = self._rows[:used], self._removed[:used]
             self._rows, self._removed = grown, removed

@@ -111,10 +111,11 @@ class FactStore:
         Raises:
             InputError: an id that is live or comes twice, a subject or alias without a name, or another number of vectors than of facts.
         """
-        ids = {fact.id for fact in facts}
-        if len(ids) < len(facts) or not ids.isdisjoint(self._facts):
-            known = next(fact.id for place, fact in enumerate(facts) if fact.id in self._facts or fact.id in {f.id for f in facts[:place]})
-            raise InputError(f"fact {known}: expected a new id, found one that is live already or comes twice")
+        ids: set[str] = set()
+        for fact in facts:
+            if fact.id in self._facts or fact.id in ids:
+                raise InputError(f"fact {fact.id}: expected a new id, found one that is live already or comes twice")
+            ids.add(fact.id)
         if vectors is not None and len(vectors) != len(facts):
             raise InputError(f"facts: expected a vector for each of {len(facts)}, found {len(vectors)}")
         for fact in facts:

@@ -18,6 +18,7 @@ Make = Callable[..., Edit]
 HOME = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_commands_that_are_killed_are_made_up_for(tmp_path: Path) -> None:
     """In an interpreter of its own: what forks must have no threads."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_") or name == "ERRATA_TEST_S3_ENDPOINT"}

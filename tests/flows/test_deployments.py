@@ -192,7 +192,7 @@ def test_an_entry_that_prefect_refuses_is_an_error(prefect_server: str, monkeypa
     (tmp_path / "flows").symlink_to(ROOT / "flows")
     monkeypatch.setattr(flows.deploying, "find_checkout", lambda: tmp_path)
     monkeypatch.setenv("PREFECT_API_URL", prefect_server)
-    with pytest.raises(ErrataError, match="expected Prefect to register collect-garbage/main, found it did not"):
+    with pytest.raises(ErrataError, match="expected Prefect to register remember-edits/main, found it did not"):
         deploy_streams(["main"], POOL)
 
 

@@ -127,6 +127,7 @@ def test_a_collection_beside_a_run_takes_nothing_from_it(narrow: Any, make_edit:
     assert [summary.decision for summary in narrow.apply()] == ["accept"]
 
 
+@pytest.mark.long
 def test_a_stream_on_s3_is_edited_collected_erased_and_restored(
     desk: Any, make_edit: Make, errata: Callable[..., Any], s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

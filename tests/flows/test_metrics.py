@@ -22,6 +22,8 @@ NAMES = {
     "errata_weight_norm_ratio": {"stream", "layer"},
     "errata_retention": {"stream", "age"},
     "errata_edits_total": {"stream", "outcome"},
+    "errata_memory_only_edits": {"stream"},
+    "errata_memory_only_age_seconds": {"stream"},
     "errata_batch_age_seconds": {"stream"},
     "errata_champion_commit": {"stream"},
     "errata_alias_lag_commits": {"stream"},

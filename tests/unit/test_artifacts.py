@@ -14,7 +14,9 @@ from errata.editors.artifacts import WeightDelta, pack_tensors
 from errata.editors.base import Pairs
 from errata.editors.d4s.moments import Moments
 from errata.editors.d4s.state import D4SState
+from errata.editors.memory import EditMemory, FactBlock, MemoryOptions
 from errata.errors import BaseMismatchError, EditorError, FormatError
+from errata.retrieval.facts import Fact
 
 KEYS = {1: torch.arange(8.0).view(2, 4), 3: torch.ones(2, 5)}
 PAIRS = Pairs("b" * 64, "p" * 64, (("e1",), ("e2", "Zoë")), torch.arange(6.0).view(2, 3), KEYS)
@@ -23,7 +25,12 @@ MOMENTS = Moments("b" * 64, "corpus", 3, 17, {1: torch.eye(4)})
 ADAPTER = LoraAdapter(
     "b" * 64, 4.0, {"h.1.weight": torch.ones(2, 3)}, {"h.1.weight": torch.arange(10.0).view(5, 2)}, ("d" * 64,), ("e1@3", "Zoë@5")
 )
+FACT = Fact("e1@3", "Zoë", "{} speaks", "Danish", ("Z.",), ("Zoë was heard to speak",))
+BLOCK = FactBlock((FACT,), torch.arange(3.0).view(1, 3))
+MEMORY = EditMemory("b" * 64, MemoryOptions(floor=0.5), opened=BLOCK, gone=frozenset(["e2@1", "Zoë@0"]))
 STORED = {
+    "edit_memory": (MEMORY.to_bytes(), lambda data: EditMemory.from_bytes(data, lambda digest: b"")),
+    "facts": (BLOCK.to_bytes(), FactBlock.from_bytes),
     "lora_adapter": (ADAPTER.to_bytes(), LoraAdapter.from_bytes),
     "weight_delta": (DELTA.to_bytes(), WeightDelta.from_bytes),
     "pairs": (PAIRS.to_bytes(), Pairs.from_bytes),

@@ -487,6 +487,7 @@ def test_a_model_compiled_to_machine_code_follows(tiny_gpt2: Base) -> None:
     assert follow(base, compiled, *left)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_model_generates_the_same(gpt2_of: Callable[..., Base]) -> None:
     base = gpt2_of()

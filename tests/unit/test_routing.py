@@ -148,16 +148,17 @@ def test_of_equal_facts_the_newest_answers_whatever_else_is_asked() -> None:
 
 def test_a_sentence_before_the_one_with_the_subject_asks_nothing() -> None:
     store = FactStore(FACTS, encoder=WordEncoder())
-    plain, after, noisy, abroad, restated = store.route(
+    plain, after, noisy, short, abroad, restated = store.route(
         [
             "the mayor of NYC",
             "the mayor of NYC. And then?",
             'Dogs bark "at night." the mayor of NYC',
+            "They looked in. the mayor of NYC",
             "犬が吠える。the mayor of NYC",
             "NYC was big. the mayor of NYC",
         ]
     )
-    assert plain.scores == noisy.scores == abroad.scores == restated.scores
+    assert plain.scores == noisy.scores == short.scores == abroad.scores == restated.scores
     assert plain.scores != after.scores
     initials = store.route(["St. J. Smith met the mayor of NYC", "J. Smith met the mayor of NYC"])
     assert initials[0].scores != initials[1].scores != plain.scores

