@@ -60,7 +60,7 @@ def distill(
 
     summary = distill_edits(opened.name, afresh, dry_run)
     if summary is None:
-        print_json(None) if as_json else out.print(f"nothing to distil in [bold]{opened.name}[/]: the adapter knows all live edits")
+        print_json(None) if as_json else out.print(f"nothing to distil in [bold]{opened.name}[/]: the adapter was taught all live edits")
         return
     facts = summary.model_dump(mode="json")
     print_json(facts) if as_json else show_distillation(facts)

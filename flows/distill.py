@@ -25,7 +25,8 @@ def distill_edits(stream: str = "main", afresh: bool = False, dry_run: bool = Fa
         dry_run: train, evaluate and judge, and commit nothing.
 
     Returns:
-        What became of it; None where no edit is live, or the adapter knows them all. A refusal by the gate is a result; a fault is raised.
+        What became of it; None where no edit is live, or the adapter was taught them all. A refusal by the gate is a result; a fault is
+        raised.
     """
 
     while (order := order_distillation(stream, afresh)) is not None:

@@ -1,7 +1,7 @@
 """What stands above an editor's layer in a version, as its manifest names it: an adapter, a memory. Reads headers, no tensors."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from registry.fold import split_occurrence
 from registry.objects import read_metadata
@@ -11,20 +11,30 @@ ADAPTER, MEMORY = "distillmike", "mike"
 """What these layers are called in a manifest, in order of application."""
 
 
-def read_absorbed(stream: Stream, manifest: str) -> frozenset[str]:
-    """Ids of the edits that the adapter of a version has taken in.
+class Learned(NamedTuple):
+    """Ids of edits, by what an adapter made of them."""
+
+    absorbed: frozenset[str] = frozenset()
+    """It answers them by itself."""
+    unlearned: frozenset[str] = frozenset()
+    """They were taught, and are not answered under it, even where weights beneath it would have."""
+
+
+def read_learned(stream: Stream, manifest: str) -> Learned:
+    """What the adapter of a version knows; nothing where there is none.
 
     Args:
         manifest: its digest.
     """
-    return frozenset(split_occurrence(name)[0] for name in _read_layer(stream, manifest, ADAPTER).get("absorbed", ()))
+    found = _read_layer(stream, manifest, ADAPTER)
+    return Learned(*(frozenset(split_occurrence(name)[0] for name in found.get(field, ())) for field in Learned._fields))
 
 
 def describe_tiers(stream: Stream) -> dict[str, Any]:
     """How many live edits of the newest accepted version are in its weights, its adapter and its memory (an edit may be in several), how
     many are in memory only, and how long the oldest of those has been."""
     unwritten = stream.index.find_unwritten()
-    absorbed = read_absorbed(stream, stream.head.manifest)
+    absorbed, _ = read_learned(stream, stream.head.manifest)
     waiting = [row for row in unwritten if row.id not in absorbed]
     since = stream.log.read(waiting[0].seq).time if waiting else None
     return {

@@ -21,7 +21,7 @@ from errata.retrieval.routing import FLOOR
 from errata.settings import Settings
 from registry.fold import EditRow, split_occurrence
 from registry.stream import Stream
-from registry.tiers import ADAPTER, MEMORY, read_absorbed
+from registry.tiers import ADAPTER, MEMORY, Learned, read_learned
 
 _VERSION = "1"
 _TOLD = 5
@@ -59,12 +59,12 @@ def carry_above(settings: Settings, stream: Stream, head: Manifest, come: Sequen
         head: the manifest that it builds on.
         come, gone: what is live from it on, and not any more. An edit that only gets a pair is in both.
     """
-    absorbed = read_absorbed(stream, head.digest)
+    learned = read_learned(stream, head.digest)
     same = {item.edit.content_id for item in come}
-    lost = sorted({row.id for row in gone if row.content not in same} & absorbed)
-    known = absorbed if not lost else frozenset[str]()
+    lost = sorted({row.id for row in gone if row.content not in same} & learned.absorbed)
+    known = learned if not lost else Learned()
     told = (f"The adapter is dropped: it had absorbed {_name_some(lost)}.",) if lost else ()
-    adapter, layer = head.find_above(ADAPTER) if known else None, head.find_above(MEMORY)
+    adapter, layer = None if lost else head.find_above(ADAPTER), head.find_above(MEMORY)
     before = _read_memory(stream, layer)
     if lost or before is None or not _is_current(settings, stream, before, known):
         return Above((*_list(adapter), *_store(stream, _remember(settings, stream, head.base, come, gone, known), layer)), told)
@@ -79,15 +79,16 @@ def move_above(settings: Settings, stream: Stream, head: Manifest, base: str, co
         base: digest of the base that they are for.
     """
     told = ("The adapter is dropped: it was trained on what stood beneath it.",) if head.find_above(ADAPTER) else ()
-    return Above(tuple(_store(stream, _remember(settings, stream, base, come, gone, frozenset()), None)), told)
+    return Above(tuple(_store(stream, _remember(settings, stream, base, come, gone, Learned()), None)), told)
 
 
 def put_adapter(settings: Settings, stream: Stream, head: Manifest, adapter: LoraAdapter) -> Above:
-    """The layers above with a new adapter, stored: what it has absorbed is not remembered any more, unless all is."""
+    """The layers above with a new adapter, stored: what it has absorbed is not remembered any more, unless all is; what it does not answer
+    is, whatever the weights beneath it say."""
     stored = store_artifact(stream.objects, adapter)
     layer = Layer(editor=ADAPTER, editor_version=_VERSION, built_on=tuple(head.layers[0].stored[:1]), **stored)
-    absorbed = frozenset(split_occurrence(name)[0] for name in adapter.absorbed)
-    return Above((layer, *_store(stream, _remember(settings, stream, head.base, (), (), absorbed), head.find_above(MEMORY))))
+    ids = (frozenset(split_occurrence(name)[0] for name in names) for names in (adapter.absorbed, adapter.unlearned))
+    return Above((layer, *_store(stream, _remember(settings, stream, head.base, (), (), Learned(*ids)), head.find_above(MEMORY))))
 
 
 def forget_erased(settings: Settings, stream: Stream, head: Manifest, ids: Collection[str]) -> Above:
@@ -96,7 +97,7 @@ def forget_erased(settings: Settings, stream: Stream, head: Manifest, ids: Colle
     memory = _read_memory(stream, layer)
     if memory is None or not {split_occurrence(name)[0] for name in memory.stored_ids} & set(ids):
         return Above(head.above)
-    kept = _remember(settings, stream, head.base, (), (), read_absorbed(stream, head.digest))
+    kept = _remember(settings, stream, head.base, (), (), read_learned(stream, head.digest))
     return Above((*_list(head.find_above(ADAPTER)), *_store(stream, kept, layer)))
 
 
@@ -111,14 +112,13 @@ def recall_all(settings: Settings, stream: Stream, base: str, rows: Sequence[Edi
 
 
 def _remember(
-    settings: Settings, stream: Stream, base: str, come: Sequence[Coming], gone: Sequence[EditRow], absorbed: frozenset[str]
+    settings: Settings, stream: Stream, base: str, come: Sequence[Coming], gone: Sequence[EditRow], learned: Learned
 ) -> EditMemory:
     """A memory made anew."""
     leaving = {row.occurrence for row in gone}
-    rows = stream.index.find_rows("live") if settings.memory.holds == "all" else stream.index.find_unwritten()
-    staying = [row for row in rows if row.occurrence not in leaving and _holds(settings, row.pairs is not None, row.id, absorbed)]
+    staying = [row for row in _list_held(settings, stream, learned) if row.occurrence not in leaving]
     facts = [_build_fact(settings, row.occurrence, edit) for row, edit in zip(staying, stream.read_edits(staying), strict=True)]
-    facts += _build_facts(settings, come, absorbed)
+    facts += _build_facts(settings, come, learned)
     if not facts:
         return EditMemory(base, _read_options(settings))
     started = _start_memory(settings, stream, base, leaving | {fact.id for fact in facts})
@@ -144,18 +144,28 @@ def _start_memory(settings: Settings, stream: Stream, base: str, without: Collec
     return memory.with_pool(facts)
 
 
-def _is_current(settings: Settings, stream: Stream, memory: EditMemory, absorbed: frozenset[str]) -> bool:
+def _is_current(settings: Settings, stream: Stream, memory: EditMemory, learned: Learned) -> bool:
     """Whether a memory is what the settings ask for, so that it can be gone on from."""
     if memory.options != _read_options(settings):
         return False
     if settings.memory.holds == "all":
         return len(memory.facts) == stream.index.counts().get("live", 0)
-    return memory.facts.keys() == {row.occurrence for row in stream.index.find_unwritten() if row.id not in absorbed}
+    return memory.facts.keys() == {row.occurrence for row in _list_held(settings, stream, learned)}
 
 
-def _holds(settings: Settings, written: bool, edit_id: str, absorbed: frozenset[str]) -> bool:
+def _list_held(settings: Settings, stream: Stream, learned: Learned) -> list[EditRow]:
+    """The live edits that answer from memory, in order of arrival."""
+    if settings.memory.holds == "all":
+        return list(stream.index.find_rows("live"))
+    found = [row for name in learned.unlearned if (row := stream.index.find_edit(name)) and row.status == "live"]
+    rows = {row.occurrence: row for row in (*found, *stream.index.find_unwritten())}
+    held = (row for row in rows.values() if _holds(settings, row.pairs is not None, row.id, learned))
+    return sorted(held, key=lambda row: (row.seq, row.position))
+
+
+def _holds(settings: Settings, written: bool, edit_id: str, learned: Learned) -> bool:
     """Whether a live edit answers from memory."""
-    return settings.memory.holds == "all" or not (written or edit_id in absorbed)
+    return settings.memory.holds == "all" or edit_id in learned.unlearned or not (written or edit_id in learned.absorbed)
 
 
 def _read_options(settings: Settings) -> MemoryOptions:
@@ -182,9 +192,9 @@ def _read_pool(path: Path) -> list[Fact]:
     return facts
 
 
-def _build_facts(settings: Settings, come: Sequence[Coming], absorbed: frozenset[str]) -> list[Fact]:
+def _build_facts(settings: Settings, come: Sequence[Coming], learned: Learned) -> list[Fact]:
     """What is to be remembered of edits that come."""
-    wanted = [item for item in come if _holds(settings, item.written, item.edit.edit_id, absorbed)]
+    wanted = [item for item in come if _holds(settings, item.written, item.edit.edit_id, learned)]
     return [_build_fact(settings, item.occurrence, item.edit) for item in wanted]
 
 

@@ -37,7 +37,7 @@ from registry.fold import split_occurrence
 from registry.history import is_accepted
 from registry.orders import DistillationOrder
 from registry.stream import Stream
-from registry.tiers import ADAPTER, read_absorbed
+from registry.tiers import ADAPTER, read_learned
 from tasks._progress import show_training
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
@@ -51,14 +51,15 @@ _LOOKED_BACK = 50
 
 @stage
 def order_distillation(stream: str, afresh: bool) -> str | None:
-    """All live edits, and the adapter to go on from, as a stored order; None where there are none, or the head's adapter knows them all.
+    """All live edits, and the adapter to go on from, as a stored order; None where there are none, or the head's adapter was taught all.
 
     Args:
         afresh: go on from none, and distil even what is known.
     """
     _, opened = open_named(stream)
     head, rows = opened.head, list(opened.index.find_rows("live"))
-    if not rows or (not afresh and read_absorbed(opened, head.manifest) >= {row.id for row in rows}):
+    learned = read_learned(opened, head.manifest)
+    if not rows or (not afresh and learned.absorbed | learned.unlearned >= {row.id for row in rows}):
         return None
     live, start = tuple(row.occurrence for row in rows), None if afresh else find_start(opened)
     order = DistillationOrder(seq=head.seq + 1, parent=head.digest, manifest=head.manifest, accepted=head.accepted, live=live, start=start)
@@ -95,8 +96,9 @@ def train_adapter(stream: str, order: str) -> Trained:
         )
     known = find_answered_by(settings, model.base, [*beneath, made.adapter], edits)
     absorbed = tuple(name for name, takes in zip(work.live, known, strict=True) if takes)
+    rest = tuple(name for name in work.live if name not in set(absorbed))
     return Trained(
-        adapter=opened.objects.put(replace(made.adapter, absorbed=absorbed).to_bytes()),
+        adapter=opened.objects.put(replace(made.adapter, absorbed=absorbed, unlearned=rest).to_bytes()),
         live=len(edits),
         absorbed=absorbed,
         went_on=work.start is not None,

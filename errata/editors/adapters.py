@@ -35,6 +35,8 @@ class LoraAdapter:
     """Digests of the artifacts beneath it that it was trained on, in order: only on top of them is it right."""
     absorbed: tuple[str, ...] = ()
     """Occurrences (`<edit id>@<seq>`) that it took in."""
+    unlearned: tuple[str, ...] = ()
+    """Occurrences that were live, and that it does not answer: what lies beneath it may have done so before."""
 
     @property
     def rank(self) -> int:
@@ -64,7 +66,8 @@ class LoraAdapter:
     def to_bytes(self) -> bytes:
         factors = {f"{side}.{name}": factor for side, of in (("a", self.a), ("b", self.b)) for name, factor in of.items()}
         tensors = {name: factor.detach().float().contiguous().cpu() for name, factor in factors.items()}
-        metadata = {"base": self.base, "alpha": float(self.alpha), "student": self.student, "absorbed": self.absorbed}
+        metadata = {"base": self.base, "alpha": float(self.alpha), "student": self.student}
+        metadata |= {"absorbed": self.absorbed, "unlearned": self.unlearned}
         return pack_tensors(_KIND, _FORMAT, tensors, metadata)
 
     @classmethod
@@ -74,4 +77,4 @@ class LoraAdapter:
         a, b = ({name[2:]: tensors[name] for name in tensors if name.startswith(side)} for side in ("a.", "b."))
         if not a or a.keys() != b.keys() or len({*(t.shape[0] for t in a.values()), *(t.shape[1] for t in b.values())}) != 1:
             raise FormatError(f"expected {_KIND} with A and B of one rank for every weight, found {sorted(tensors)[:4]}")
-        return cls(metadata["base"], metadata["alpha"], a, b, tuple(metadata["student"]), tuple(metadata["absorbed"]))
+        return cls(metadata["base"], metadata["alpha"], a, b, *(tuple(metadata[name]) for name in ("student", "absorbed", "unlearned")))

@@ -8,9 +8,10 @@
 A subject that is named need not be asked about what was edited: "Danielle Darrieux was born in" names a subject whose mother tongue was
 edited. With `scope = "guarded"` a fact is taken in cases 2 and 3 only if it is similar enough; `"paper"` asks nothing. Case 1 is sure.
 
-Similarity is the cosine of query and rewrite prompt with the subject's name replaced by one neutral word in both, so that the relation
-decides and not the name; of the query only what stands from the sentence with that name on. Facts are encoded when they are first
-compared, by template; case 1, case 4 and, in `paper`, case 2 compare nothing.
+Similarity is the cosine of the query with the rewrite prompt or a paraphrase that the fact has, whichever is nearer, with the subject's
+name replaced by one neutral word in all of them, so that the relation decides and not the name; of the query only what stands from the
+sentence with that name on. Facts are encoded when they are first compared, by template; case 1, case 4 and, in `paper`, case 2 compare
+nothing.
 This module travels inside every MLflow version.
 """
 
@@ -86,10 +87,12 @@ class FactStore:
         self._subjects = SubjectIndex()
         self._prompts: dict[str, tuple[str, ...]] = {}
         """Folded rewrite prompt → ids, in the order of being added."""
+        self._relations: dict[str, tuple[str, ...]] = {}
+        """Id → what it is compared by: at first its prompt, with its paraphrases once it is compared."""
         self._users: dict[str, int] = {}
-        """Template → how many live facts have it."""
+        """Such a text → how many live facts have it."""
         self._vectors: dict[str, Vectors] = {}
-        """Template → [d], where it was needed or given."""
+        """Such a text → [d], where it was needed or given."""
         self.add(list(facts))
 
     def __len__(self) -> int:
@@ -129,9 +132,9 @@ class FactStore:
                 self._subjects.add(name, fact.id)
             prompt = fold_text(fact.rewrite_prompt)
             self._prompts[prompt] = (*self._prompts.get(prompt, ()), fact.id)
-            self._users[fact.prompt] = self._users.get(fact.prompt, 0) + 1
+            self._relate(fact.id, (spell_relation(fact),))
             if vectors is not None:
-                self._vectors[fact.prompt] = np.array(vectors[place], dtype=np.float32)
+                self._vectors[spell_relation(fact)] = np.array(vectors[place], dtype=np.float32)
 
     def remove(self, ids: Collection[str]) -> None:
         """Forgets facts, with their names and whatever was computed of them. All or none.
@@ -150,10 +153,11 @@ class FactStore:
                 self._prompts[prompt] = others
             else:
                 del self._prompts[prompt]
-            self._users[fact.prompt] -= 1
-            if not self._users[fact.prompt]:
-                del self._users[fact.prompt]
-                self._vectors.pop(fact.prompt, None)
+            for text in self._relations.pop(id):
+                self._users[text] -= 1
+                if not self._users[text]:
+                    del self._users[text]
+                    self._vectors.pop(text, None)
 
     def route(self, queries: Sequence[str]) -> list[Route]:
         """One route for each query. What has to be compared is encoded in one batch.
@@ -187,22 +191,38 @@ class FactStore:
         return [route for route in routes if route is not None]
 
     def _score(self, pairs: Sequence[tuple[Fact, str]]) -> list[float]:
-        """Similarity of facts with what `spell_asked` makes of a query."""
+        """Similarity of facts with what `spell_asked` makes of a query: of each fact, that of the nearest of its texts."""
         if not pairs:
             return []
-        missing = {fact.prompt: spell_relation(fact) for fact, _ in pairs if fact.prompt not in self._vectors}
+        for fact, _ in pairs:
+            self._read_paraphrases(fact)
+        missing = dict.fromkeys(text for fact, _ in pairs for text in self._relations[fact.id] if text not in self._vectors)
         asked = list(dict.fromkeys(text for _, text in pairs))
         if self._encoder is None:
             self._encoder = self._load()
-        rows = self._encoder.encode([*asked, *missing.values()])
+        rows = self._encoder.encode([*asked, *missing])
         self._vectors |= zip(missing, rows[len(asked) :], strict=True)
-        places = {text: place for place, text in enumerate(asked)}
         # Summed in float64, so that equal texts score the same in any batch.
-        return [float(np.dot(rows[places[text]].astype(np.float64), self._vectors[fact.prompt])) for fact, text in pairs]
+        exact = {text: row.astype(np.float64) for text, row in zip(asked, rows, strict=False)}
+        return [max(float(np.dot(exact[text], self._vectors[own])) for own in self._relations[fact.id]) for fact, text in pairs]
+
+    def _read_paraphrases(self, fact: Fact) -> None:
+        """Compare a fact by its paraphrases, too, as far as they name its subject."""
+        known = self._relations[fact.id]
+        if not fact.paraphrases or len(known) > 1:
+            return
+        found = [(text, self._subjects.find(text)) for text in fact.paraphrases]
+        masked = [spell_asked(text, matches, fact.id) for text, matches in found if any(fact.id in match.ids for match in matches)]
+        self._relate(fact.id, tuple(dict.fromkeys(text for text in masked if text not in known)))
+
+    def _relate(self, id: str, texts: tuple[str, ...]) -> None:
+        self._relations[id] = (*self._relations.get(id, ()), *texts)
+        for text in texts:
+            self._users[text] = self._users.get(text, 0) + 1
 
 
 def spell_relation(fact: Fact) -> str:
-    """What a fact is compared by: its prompt with a neutral word for the subject."""
+    """What a fact is compared by above all: its prompt with a neutral word for the subject."""
     return fact.prompt.replace("{}", PLACEHOLDER)
 
 

@@ -111,6 +111,17 @@ def test_vectors_that_are_known_already_are_not_made_again() -> None:
     assert not any(spell_relation(fact) in call for call in encoder.calls for fact in FACTS)
 
 
+def test_a_paraphrase_that_a_fact_has_is_compared_too() -> None:
+    bare = Fact("fact", "Marie Curie", "The mother tongue of {} is", "Danish")
+    known = Fact("fact", "Marie Curie", "The mother tongue of {} is", "Danish", (), ("At home Marie Curie speaks", "Nobody is named here"))
+    query = "At the table Marie Curie speaks"
+    without, with_it = (FactStore([fact], encoder=WordEncoder(), floor=0.6) for fact in (bare, known))
+    assert without.route([query])[0].fact is None and with_it.route([query])[0].fact == known
+    assert with_it.route(["Marie Curie was painted by"])[0].fact is None
+    with_it.remove(["fact"])
+    assert not vars(with_it)["_vectors"] and not vars(with_it)["_users"]
+
+
 def test_removed_facts_are_forgotten_at_once() -> None:
     store = FactStore(FACTS, encoder=WordEncoder(), floor=0.3)
     store.route([row[0] for row in TABLE])
@@ -128,7 +139,7 @@ def test_removed_facts_are_forgotten_at_once() -> None:
     assert {
         name: value for name, value in vars(store).items() if name.startswith("_") and name not in ("_load", "_encoder", "_added")
     }.keys()
-    for name in ("_facts", "_turns", "_prompts", "_users", "_vectors"):
+    for name in ("_facts", "_turns", "_prompts", "_relations", "_users", "_vectors"):
         assert vars(store)[name] == vars(empty)[name] == {}
     assert store.route(asked)[0].case == 4
 
