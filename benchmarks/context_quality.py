@@ -70,8 +70,17 @@ SWEEP: tuple[tuple[Kind, int], ...] = (
     ("slots", 2_000),
 )
 WANTED = 0.95
-GRID = ((5e-3, 10, 1_024), (5e-3, 20, 256), (2e-3, 20, 256), (1e-2, 20, 256))
-"""lr, epochs, batch_tokens."""
+GRID = tuple(
+    Teaching(DistillOptions(lr=lr, epochs=epochs, batch_tokens=batch_tokens), from_base)
+    for lr, epochs, batch_tokens, from_base in (
+        (5e-3, 10, 1_024, False),
+        (5e-3, 20, 256, False),
+        (2e-3, 20, 256, False),
+        (1e-2, 20, 256, False),
+        (5e-3, 10, 1_024, True),
+        (5e-3, 20, 256, True),
+    )
+)
 _MEASURES = ("efficacy", "generalization", "agreement", "truth", "same subject, agreement", "same subject, truth", "ES", "PS", "NS")
 _TIMED, _ROUNDS = 60, 3
 _TRUNCATED, _TOP_KS = 150, (1, 4, 16, 64)
@@ -118,7 +127,7 @@ def run(
         draw_methods(found, figure)
         out.print(f"picture: {figure}")
     if "ablations" in asked:
-        names = (BASE, D4S_NAME, *SHOWN, MIKE, *STUDENTS)
+        names = (BASE, D4S_NAME, *SHOWN, MIKE, MIKE_PAPER, *STUDENTS)
         _print_shares("ablations, seed 0; MIKE shows 12 where nothing is said", {name: first.measure(name) for name in names})
         _print_training(first, list(STUDENTS))
     if "cost" in asked:
@@ -234,15 +243,16 @@ def _print_training(stream: Stream, names: Sequence[str]) -> None:
 
 
 def _print_options(stream: Stream) -> None:
-    table = Table(title=f"how to distil: {stream.size:,} edits, seed {stream.seed}, a student from D4S")
-    for name in ("lr", "epochs", "batch_tokens", "steps", "best epoch", "student s", "KL after", *_MEASURES[:6]):
+    table = Table(title=f"how to distil: {stream.size:,} edits, seed {stream.seed}")
+    for name in ("student from", "lr", "epochs", "batch_tokens", "steps", "best epoch", "student s", "KL after", *_MEASURES[:6]):
         table.add_column(name, justify="right")
-    for lr, epochs, batch_tokens in GRID:
-        teaching = Teaching(DistillOptions(lr=lr, epochs=epochs, batch_tokens=batch_tokens))
+    for teaching in GRID:
+        options = teaching.options
         shares, report = stream.measure_student(teaching), stream.read_report(teaching)
         best = f"{report['best_epoch']} of {len(report['curve'])}"
         spelt = ", ".join(f"{report['after'][scope]:.3f}" for scope in ("inside", "outside"))
-        cells = (f"{lr:g}", str(epochs), str(batch_tokens), f"{report['steps']:,}", best, f"{report['student_seconds']:.0f}", spelt)
+        settings = ("base" if teaching.from_base else D4S_NAME, f"{options.lr:g}", str(options.epochs), str(options.batch_tokens))
+        cells = (*settings, f"{report['steps']:,}", best, f"{report['student_seconds']:.0f}", spelt)
         table.add_row(*cells, *(_spell(shares.get(name)) for name in _MEASURES[:6]))
         tell(" ".join(map(str, cells)) + "  " + " ".join(_spell(shares.get(name)) for name in _MEASURES[:6]))
     out.print(table)
@@ -290,7 +300,7 @@ def _time(do: Callable[[], object]) -> float:
 
 
 def _print_truncation(stream: Stream) -> None:
-    inside, outside = ([lesson for lesson in stream.draw("guarded").lessons if lesson.in_scope is scope] for scope in (True, False))
+    inside, outside = ([lesson for lesson in stream.drawn.lessons if lesson.in_scope is scope] for scope in (True, False))
     lessons = [*inside[:_TRUNCATED], *outside[:_TRUNCATED]]
     table = Table(title=f"KL(teacher ‖ student), nats per position, {len(lessons)} lessons: the likeliest tokens and one bucket")
     table.add_column("student")

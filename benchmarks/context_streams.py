@@ -32,13 +32,11 @@ from errata.modeling.patch import attach
 from errata.modeling.queries import find_room
 from errata.retrieval.demonstrations import spell_context
 from errata.retrieval.facts import Fact
-from errata.retrieval.routing import Scope
 from errata.suggestions import suggest_builtin
 from errata.world import World
 
 BASE, ALWAYS, D4S_NAME, MIKE, MIKE_PAPER, DISTILLED = "base", "always in context", "D4S", "MIKE", "MIKE, scope paper", "DistillMIKE"
 NO_BASE, FROM_BASE = "DistillMIKE, base does not teach", "DistillMIKE, student from the base"
-BY_PAPER = "DistillMIKE, taught in scope paper"
 SHOWN = {f"MIKE, k = {count}": count for count in (0, 4, 8)}
 """Name → demonstrations, of memories that show fewer than the default."""
 _FORMAT = 1
@@ -73,14 +71,12 @@ class Teaching(NamedTuple):
     options: DistillOptions = DistillOptions()
     from_base: bool = False
     """Else from D4S."""
-    scope: Scope = "guarded"
 
 
 STUDENTS = {
     DISTILLED: Teaching(),
     NO_BASE: Teaching(DistillOptions(base_teacher=False)),
     FROM_BASE: Teaching(from_base=True),
-    BY_PAPER: Teaching(scope="paper"),
 }
 
 
@@ -140,17 +136,10 @@ class Stream:
         return memory.update([self._state(edit, edit.edit_id) for edit in self.edits], [])
 
     @cached_property
-    def drawn(self) -> dict[Scope, Drawn]:
-        """Lessons, by the scope of the memory that teaches; those of a scope when they are first asked for."""
-        return {}
-
-    def draw(self, scope: Scope) -> Drawn:
-        if scope not in self.drawn:
-            self._tell(f"lessons, scope {scope}")
-            memory, room = self.change_memory(scope=scope), find_room(self.base)
-            teach = partial(_write_prompts, memory, self.base, room)
-            self.drawn[scope] = draw_lessons(self.edits, teach, self.base.tokenizer, self.seed)
-        return self.drawn[scope]
+    def drawn(self) -> Drawn:
+        self._tell("lessons")
+        teach = partial(_write_prompts, self.memory, self.base, find_room(self.base))
+        return draw_lessons(self.edits, teach, self.base.tokenizer, self.seed)
 
     def change_memory(self, **options: Any) -> EditMemory:
         return replace(self.memory, options=replace(self.memory.options, **options))
@@ -172,7 +161,7 @@ class Stream:
 
     def teach(self, teaching: Teaching) -> list[Artifact]:
         """A student: what it started from, and a LoRA. The same again trains nothing."""
-        lessons, beneath = self.draw(teaching.scope).lessons, [] if teaching.from_base else [self.delta]
+        lessons, beneath = self.drawn.lessons, [] if teaching.from_base else [self.delta]
         self._tell(f"a student of {len(lessons):,} lessons")
         made = distil_lessons(self.base, beneath, lessons, teaching.options, self.work, [], None, _tell_training())
         self._remember(_name_report(teaching), lambda: made.report.model_dump(mode="json"))
@@ -241,7 +230,7 @@ def _write_prompts(memory: EditMemory, base: Base, room: int, prompts: Sequence[
 
 
 def _name_report(teaching: Teaching) -> list[Any]:
-    return ["student", teaching.options.digest, teaching.from_base, teaching.scope]
+    return ["student", teaching.options.digest, teaching.from_base]
 
 
 def _judge(row: Asked, wanted: Scored, unwanted: Scored, before: Scored) -> Shares:
