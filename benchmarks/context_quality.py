@@ -18,6 +18,7 @@ in the cache, in `context_quality`: the same command goes on where it was. Delet
 
 import copy
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -264,6 +265,7 @@ def _print_cost(stream: Stream) -> None:
     table = Table(title="one question, read to its next token: median of all, and of each question's own ratio to the base")
     for title in ("question", "method", "seconds", "of the base", "routing alone, s", "routing and writing, s", "tokens read"):
         table.add_column(title, justify="right")
+    draw = random.Random(0)
     with ExitStack() as stack:
         seated = {name: replace(stream.base, model=copy.deepcopy(stream.base.model)) for name in names}
         for name, own in seated.items():
@@ -272,9 +274,8 @@ def _print_cost(stream: Stream) -> None:
             prompts = [row.prompt for row in stream.questions if row.kind == kind][:_TIMED]
             taken: dict[str, list[float]] = {name: [] for name in names}
             for turn in range(-1, _ROUNDS):
-                for place, prompt in enumerate(prompts):
-                    start = (place + turn) % len(names)
-                    for name in (*names[start:], *names[:start]):
+                for prompt in prompts:
+                    for name in draw.sample(names, len(names)):
                         seconds = _time(lambda own=seated[name], prompt=prompt: score_targets(own, [(prompt, None)], batch_tokens=1))  # type: ignore[misc]
                         if turn >= 0:  # the first is for warming up
                             taken[name].append(seconds)
