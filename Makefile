@@ -49,6 +49,7 @@ bench: $(STAMP)  ## print the benchmarks; each says what it measures
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.neuron_ablations
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.retrieval
 	$(BIN)/python -m benchmarks.contextual_base
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.context_quality
 
 soak: $(STAMP)  ## 200 scheduled batches with faults; more than half an hour
 	$(BIN)/python -m benchmarks.soak
