@@ -55,7 +55,7 @@ def leave(root: str, name: str, edits: list[Edit]) -> None:
 # Two machines
 
 
-@pytest.mark.parametrize("storage", ["local", "s3"])
+@pytest.mark.parametrize("storage", [pytest.param("local", marks=pytest.mark.long), "s3"])
 def test_two_machines_apply_at_once(tmp_path: Path, storage: str) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_") or name == "ERRATA_TEST_S3_ENDPOINT"}
     variables = {**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HOME)}
@@ -193,7 +193,7 @@ def test_a_store_that_fails_now_and_then_delays_a_batch_and_nothing_more(far: st
     assert look(far, *batches) == []
 
 
-@pytest.mark.parametrize("room", [3, 14])
+@pytest.mark.parametrize("room", [3, pytest.param(14, marks=pytest.mark.long)])
 def test_a_store_that_stays_away_is_named_and_the_next_run_goes_on(
     far: str, moody: Moody, make_edit: Make, errata: Callable[..., Any], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

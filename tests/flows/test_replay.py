@@ -284,6 +284,7 @@ def test_a_stream_moves_to_another_root(
     assert answers[0]["champion"].strip() == make_edit(9).target_new
 
 
+@pytest.mark.long
 def test_a_stream_moves_through_s3(long_desk: Any, errata: Errata, tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root = f"s3://{s3_bucket}/{uuid.uuid4().hex}"
     assert errata("bundle", "--to", str(tmp_path / "out.tar")).code == 0

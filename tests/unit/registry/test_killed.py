@@ -140,7 +140,7 @@ def assert_all_applied_once(storage: Storage, cache: Path | None) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint", [pytest.param(False, marks=pytest.mark.long), True])
 def test_killed_at_any_storage_operation(prepare: Make, employ: Make, when: str, checkpoint: bool) -> None:
     for at in itertools.count(1):
         storage, cache = prepare()
