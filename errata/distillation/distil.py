@@ -72,7 +72,7 @@ def distil_lessons(
         teacher = ask_teacher(base, rows, options, work, on_progress)
         asked = time.perf_counter() - began
         name = _digest_request(base, student_of, rows, student.targets, options, start)
-        trained = train_student(student, teacher, course, options, work / f"student-{name[:24]}.pt", on_progress)
+        trained = train_student(student, teacher, course, options, work / f"student-{name[:24]}.safetensors", on_progress)
     return Distilled(
         _spell_adapter(base, trained, options, student_of, absorbed),
         DistilReport(

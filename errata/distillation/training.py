@@ -1,6 +1,5 @@
 """Training of a student on its teacher's predictions: what one step and one epoch are, and how it goes on after a kill."""
 
-import io
 import logging
 import random
 import time
@@ -17,7 +16,12 @@ from errata.distillation.report import Distance, Epoch
 from errata.distillation.rows import Row, batch_by_length
 from errata.distillation.student import Factors, Student
 from errata.distillation.teacher import Progress, Teacher, write_whole
-from errata.errors import EditorError
+from errata.editors.artifacts import pack_tensors, unpack_tensors
+from errata.errors import EditorError, FormatError
+
+_KIND, _FORMAT = "training", 1
+_TENSORS = ("factors", "optimiser", "random", "best")
+"""Fields of `Trained` that are tensors by name."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +42,9 @@ class Trained:
     """Where a training stands: all that a restart needs, and in the end what it gave."""
 
     factors: Factors = field(default_factory=dict)
-    optimiser: dict[str, Any] = field(default_factory=dict)
-    random: list[torch.Tensor] = field(default_factory=list)
+    optimiser: Factors = field(default_factory=dict)
+    """AdamW's own tensors, as `<number of the parameter>.<name>`."""
+    random: Factors = field(default_factory=dict)
     """torch's state: of the CPU and, where one computes, of the GPU."""
     before: dict[str, float | None] = field(default_factory=dict)
     """`Distance` of the student as it began."""
@@ -90,6 +95,24 @@ def measure_distance(student: Student, teacher: Teacher, rows: Sequence[Row], in
             sums[rows[index].lesson.in_scope] += [next(values) for _ in rows[index].target]
     inside, outside = (sum(sums[scope]) / len(sums[scope]) if sums[scope] else None for scope in (True, False))
     return Distance(inside=inside, outside=outside)
+
+
+def _spell(now: Trained) -> bytes:
+    """A checkpoint: its tensors by `<field>.<name>`, everything else as metadata."""
+    fields = vars(now)
+    tensors = {f"{part}.{name}": tensor for part in _TENSORS for name, tensor in fields[part].items()}
+    return pack_tensors(_KIND, _FORMAT, tensors, {name: value for name, value in fields.items() if name not in _TENSORS})
+
+
+def _read(data: bytes) -> Trained:
+    """Raises FormatError: no checkpoint of this format."""
+    tensors, metadata = unpack_tensors(data, _KIND, _FORMAT)
+    fields: dict[str, Any] = {part: {} for part in _TENSORS}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        fields[part][name] = tensor
+    fields |= {name: value for name, value in metadata.items() if name not in ("kind", "format")}
+    return Trained(**fields)
 
 
 class _Training:
@@ -177,26 +200,29 @@ class _Training:
 
     def _save(self) -> None:
         now, cuda = self._now, self._student.device.type == "cuda"
-        now.factors, now.optimiser = self._student.copy_factors(), self._optimiser.state_dict()
-        now.random = [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._student.device)] if cuda else [])]
+        held: Mapping[int, Mapping[str, torch.Tensor]] = self._optimiser.state_dict()["state"]
+        now.factors = self._student.copy_factors()
+        now.optimiser = {f"{number}.{name}": value.cpu() for number, values in held.items() for name, value in values.items()}
+        now.random = {"cpu": torch.get_rng_state(), **({"gpu": torch.cuda.get_rng_state(self._student.device)} if cuda else {})}
         spent = time.perf_counter()
         now.seconds, self._began = now.seconds + spent - self._began, spent
-        buffer = io.BytesIO()
-        torch.save(vars(now), buffer)
-        write_whole(self._place, buffer.getvalue())
+        write_whole(self._place, _spell(now))
 
     def _resume(self) -> bool:
         if not self._place.exists():
             return False
         try:
-            content: Mapping[str, Any] = torch.load(self._place, weights_only=True, map_location="cpu")
-            self._now = Trained(**content)
-        except (RuntimeError, EOFError, ValueError, TypeError, OSError) as error:
+            self._now = _read(self._place.read_bytes())
+        except (FormatError, TypeError, OSError) as error:
             logger.warning("%s: expected a checkpoint, found it damaged; training starts again (%s)", self._place, error)
             return False
         self._student.load_factors(self._now.factors)
-        self._optimiser.load_state_dict(self._now.optimiser)
-        torch.set_rng_state(self._now.random[0])
+        held: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in self._now.optimiser.items():
+            number, _, name = key.partition(".")
+            held.setdefault(int(number), {})[name] = value
+        self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": held})
+        torch.set_rng_state(self._now.random["cpu"])
         if self._student.device.type == "cuda":
-            torch.cuda.set_rng_state(self._now.random[1], self._student.device)
+            torch.cuda.set_rng_state(self._now.random["gpu"], self._student.device)
         return True

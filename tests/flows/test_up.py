@@ -41,7 +41,7 @@ def test_a_life(desk: Any, launch: Callable[..., Any], make_edit: Callable[..., 
     assert runs and all(run["auto_scheduled"] for run in runs)
     deployments = up.ask_prefect("deployments/filter", {})
     writers = [deployment["global_concurrency_limit"]["name"] for deployment in deployments if "writer" in deployment["tags"]]
-    assert len(writers) == 10 and set(writers) == {"errata-main"}
+    assert len(writers) == 11 and set(writers) == {"errata-main"}
 
     with urllib.request.urlopen(state["metrics"], timeout=10) as answer:
         assert 'errata_champion_commit{stream="main"} 1.0' in answer.read().decode()
