@@ -3,6 +3,7 @@
 Nested values are spelled `ERRATA_GATE__MIN_EFFICACY`. Unknown keys are refused, so that a typo never passes silently.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,6 +227,10 @@ def load_settings(**overrides: Any) -> Settings:
 def spell_environment(settings: Settings) -> dict[str, str]:
     """The settings as variables for a process in another folder: every path is absolute; what is None is left to that process."""
     whole = settings.model_copy(update={"cache": settings.cache.absolute()})
+    if settings.memory.pool is not None:
+        whole = whole.model_copy(update={"memory": settings.memory.model_copy(update={"pool": settings.memory.pool.absolute()})})
+    if settings.watch.ability_set is not None:
+        whole = whole.model_copy(update={"watch": settings.watch.model_copy(update={"ability_set": settings.watch.ability_set.absolute()})})
     if "://" not in settings.root:
         whole = whole.model_copy(update={"root": str(Path(settings.root).absolute())})
     return dict(_spell_values(whole.model_dump(mode="json")))
@@ -236,7 +241,7 @@ def _spell_values(values: dict[str, Any], before: str = "") -> Iterator[tuple[st
         if isinstance(value, dict):
             yield from _spell_values(value, f"{before}{name}.")
         elif value is not None:
-            yield _spell_variable(before + name), str(value)
+            yield _spell_variable(before + name), json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def _spell_names(model: type[BaseModel], before: str = "") -> list[str]:

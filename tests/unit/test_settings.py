@@ -94,3 +94,18 @@ def test_another_process_elsewhere_gets_the_same_settings(folder: Path, monkeypa
         monkeypatch.setenv(name, value)
     assert load_settings() == settings.model_copy(update={"root": str(folder / "here"), "cache": folder / "beside"})
     assert spell_environment(settings.model_copy(update={"root": "s3://bucket/prefix"}))["ERRATA_ROOT"] == "s3://bucket/prefix"
+
+
+def test_files_and_lists_arrive_in_another_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / SETTINGS_FILE).write_text(
+        '[memory]\npool = "pool.jsonl"\n[watch]\nability_set = "asked.jsonl"\n[distill]\ntargets = ["q_proj", "v_proj"]\nlr = 1e-3\n'
+    )
+    spelled = spell_environment(load_settings())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for name, value in spelled.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert (settings.memory.pool, settings.watch.ability_set) == (folder / "pool.jsonl", folder / "asked.jsonl")
+    assert (settings.distill.targets, settings.distill.lr) == (("q_proj", "v_proj"), 1e-3)
