@@ -259,6 +259,24 @@ def test_batches_go_on_while_an_adapter_is_trained(desk: Any, make_edit: Make) -
     assert stack_adapter("main", trained) is None, "an edit that it has absorbed is gone: it has to be trained again"
 
 
+@pytest.mark.parametrize(("dies_in", "committed"), [("commit_batch", 0), ("project_versions", 1)])
+def test_a_run_that_ends_in_the_middle_is_made_up_for(
+    desk: Any, make_edit: Make, say: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, dies_in: str, committed: int
+) -> None:
+    edit = make_edit(0, id="first")
+    desk.submit("monday", edit)
+
+    def die(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"flows.edit.{dies_in}", die)
+        remember()
+    assert desk.open().head.seq == committed and desk.versions() == {}
+    remember()
+    assert desk.statuses() == {"first@1": "live"} and set(desk.versions()) == {1} and say(edit.rewrite_prompt) == [edit.target_new]
+
+
 def test_memory_may_hold_everything(desk: Any, make_edit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ERRATA_MEMORY__HOLDS", "all")
     desk.submit("monday", make_edit(0, id="first"), make_edit(1, 1, 2, id="second"))
