@@ -165,6 +165,7 @@ def test_another_schedule_or_none() -> None:
     assert {entry["name"] for entry in never} == {"a", "b"}
 
 
+@pytest.mark.long
 def test_a_schedule_that_is_not_in_the_file_any_more_is_gone(
     prefect_server: str, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
