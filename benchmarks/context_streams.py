@@ -68,14 +68,14 @@ class Asked(NamedTuple):
 class Teaching(NamedTuple):
     """How a student is taught."""
 
-    options: DistillOptions = DistillOptions()
+    options: DistillOptions = DistillOptions(batch_tokens=1_024)  # of the tables in README.md; it was the default
     from_base: bool = False
     """Else from D4S."""
 
 
 STUDENTS = {
     DISTILLED: Teaching(),
-    NO_BASE: Teaching(DistillOptions(base_teacher=False)),
+    NO_BASE: Teaching(DistillOptions(base_teacher=False, batch_tokens=1_024)),
     FROM_BASE: Teaching(from_base=True),
 }
 

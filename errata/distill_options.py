@@ -29,8 +29,9 @@ class DistillOptions(BaseModel):
     """Passes over the lessons at most."""
     max_steps: int | None = Field(default=None, ge=1)
     """Optimisation steps at most; None: as many as the epochs take."""
-    batch_tokens: int = Field(default=1_024, ge=1)
-    """Padded tokens that the student reads per step; one lesson at least."""
+    batch_tokens: int = Field(default=256, ge=1)
+    """Padded tokens that the student reads per step; one lesson at least. Few, since steps are what teaches: the paper makes one per prompt
+    and candidate. On a GPU with a large model raise it."""
     teacher_tokens: int = Field(default=4_096, ge=1)
     """Padded tokens that the teacher reads at once. It says nothing about the result."""
     temperature: float = Field(default=1, gt=0)
