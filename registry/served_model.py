@@ -27,7 +27,7 @@ from errata.errors import BaseMismatchError, FormatError, InputError, ModelError
 from errata.modeling.loading import Base, load_base, share_base
 from errata.modeling.patch import attach
 from errata.modeling.queries import encode_queries
-from errata.modeling.tokens import find_ends, find_pad, pad_rows
+from errata.modeling.tokens import encode_prompt, find_ends, find_pad, pad_rows
 
 _BATCH_ROWS = 32
 
@@ -240,8 +240,16 @@ def _continue_prompts(
         )
         texts = base.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
-            answers[index] = text
+            # Behind facts an answer ends with its line: what follows would be another fact.
+            behind_facts = len(rows[index]) > len(encode_prompt(base.tokenizer, prompts[index]))
+            answers[index] = _cut_line(text) if behind_facts else text
     return answers
+
+
+def _cut_line(text: str) -> str:
+    """A text up to the end of its first line that says something."""
+    start = len(text) - len(text.lstrip())
+    return text[:start] + text[start:].partition("\n")[0]
 
 
 def _batch(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
