@@ -22,6 +22,7 @@ from errata.modeling.offload import read_parameter
 from errata.modeling.patch import attach
 from errata.modeling.queries import encode_queries
 from errata.modeling.trace import trace_inputs
+from errata.retrieval.facts import find_edit
 from errata.retrieval.routing import Route
 
 SHOWN = 5
@@ -171,11 +172,6 @@ def list_edits(explanation: Explanation) -> list[str]:
     named += [(find_edit(name),) for name in explanation.route.scores] if explanation.route else []
     named += [(find_edit(explanation.route.fact.id),)] if explanation.route and explanation.route.fact else []
     return list(dict.fromkeys(chain.from_iterable(named)))
-
-
-def find_edit(occurrence: str) -> str:
-    """The id of the edit that a fact of a stream's memory is of."""
-    return occurrence.rpartition("@")[0] or occurrence
 
 
 def _measure_push(base: Base, layer: int, delta: torch.Tensor, met: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 from errata.edits import SLOT, Edit, canonical_json, digest_of
@@ -15,7 +16,7 @@ from errata.errors import InputError, UnknownNameError
 from registry.erased import ErasureRecord, Gone, Waiting
 from registry.events import AcceptedCommit, Commit, InitCommit
 from registry.fold import ASIDE, EditRow, split_occurrence
-from registry.history import list_layers, list_named
+from registry.history import list_layer, list_layers, list_named
 from registry.inbox import list_waiting
 from registry.objects import read_metadata
 from registry.rows import BatchRow, Outcome, Standing
@@ -155,7 +156,7 @@ def _note_named(stream: Stream, commit: Commit, survey: Survey) -> None:
         known = survey.layers.setdefault(digest, carries)
         survey.layers[digest] = known and (carries or what == "snapshot")
     keeping = [layer for layer in manifest.get("layers", ()) if layer["editor"] in _KEEPING]
-    for what, digest in (named for layer in keeping for named in list_layers({"layers": [layer]})):
+    for what, digest in chain.from_iterable(map(list_layer, keeping)):
         if what != "change list":
             survey.versions.setdefault(digest, set()).add(commit.seq)
         if what == "artifact":

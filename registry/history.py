@@ -148,11 +148,16 @@ def list_layers(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What a version consists of, as (what it is, digest). An artifact follows from the pairs and can be made again; one above it cannot.
     What an adapter was once trained on (`built_on`) is none of it."""
     for number, layer in enumerate(manifest.get("layers", ())):
-        state, kind = layer.get("state", {}), "artifact above" if number else "artifact"
-        named = [(kind, digest) for digest in (layer.get("artifact"), *layer.get("parts", ()))]
-        named += [("snapshot", digest) for digest in (state.get("snapshot"), *state.get("parts", ()))]
-        named += [("change list", digest) for digest in state.get("pairs_since", ())]
-        yield from ((what, digest) for what, digest in named if digest)
+        yield from (("artifact above" if number and what == "artifact" else what, digest) for what, digest in list_layer(layer))
+
+
+def list_layer(layer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What one layer consists of, wherever it stands."""
+    state = layer.get("state", {})
+    named = [("artifact", digest) for digest in (layer.get("artifact"), *layer.get("parts", ()))]
+    named += [("snapshot", digest) for digest in (state.get("snapshot"), *state.get("parts", ()))]
+    named += [("change list", digest) for digest in state.get("pairs_since", ())]
+    yield from ((what, digest) for what, digest in named if digest)
 
 
 def is_accepted(commit: Commit) -> bool:

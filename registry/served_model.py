@@ -26,8 +26,8 @@ from errata.editors.memory import EditMemory
 from errata.errors import BaseMismatchError, FormatError, InputError, ModelError, ObjectCorruptError
 from errata.modeling.loading import Base, load_base, share_base
 from errata.modeling.patch import attach
-from errata.modeling.queries import encode_queries
-from errata.modeling.tokens import encode_prompt, find_ends, find_pad, pad_rows
+from errata.modeling.queries import read_queries
+from errata.modeling.tokens import find_ends, find_pad, pad_rows
 
 _BATCH_ROWS = 32
 
@@ -231,7 +231,8 @@ def _continue_prompts(
     if temperature < 0 or not 0 < top_p <= 1:
         raise InputError(f"expected temperature ≥ 0 and 0 < top_p ≤ 1, found {temperature} and {top_p}")
     warpers = LogitsProcessorList([_Sampler(temperature, top_p, seed)] if temperature > 0 else [])
-    rows = encode_queries(base, prompts, max_new_tokens)
+    queries = read_queries(base, prompts, max_new_tokens)
+    rows = [query.ids for query in queries]
     answers = [""] * len(rows)
     for indices in _batch(rows):
         ids, mask = pad_rows([rows[index] for index in indices], find_pad(base.tokenizer), "left", base.device)
@@ -241,8 +242,7 @@ def _continue_prompts(
         texts = base.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
             # Behind facts an answer ends with its line: what follows would be another fact.
-            behind_facts = len(rows[index]) > len(encode_prompt(base.tokenizer, prompts[index]))
-            answers[index] = _cut_line(text) if behind_facts else text
+            answers[index] = _cut_line(text) if queries[index].routed else text
     return answers
 
 

@@ -1,5 +1,6 @@
 """What stands above an editor's layer in a version, as its manifest names it: an adapter, a memory. Reads headers, no tensors."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -39,19 +40,29 @@ def list_tiers(stream: Stream, row: EditRow) -> list[str]:
     return [name for name, is_there in (*found, ("memory", held)) if is_there]
 
 
+def find_unconsolidated(stream: Stream) -> list[EditRow]:
+    """The live edits that nothing but memory answers, in order of arrival. Reads no artifact where every live edit is written."""
+    unwritten = stream.index.find_unwritten()
+    absorbed = read_learned(stream, stream.head.manifest).absorbed if unwritten else frozenset[str]()
+    return [row for row in unwritten if row.id not in absorbed]
+
+
+def measure_wait(stream: Stream, waiting: Sequence[EditRow]) -> float | None:
+    """Seconds since the first of `find_unconsolidated` was accepted; None where there is none."""
+    return (datetime.now(UTC) - stream.log.read(waiting[0].seq).time).total_seconds() if waiting else None
+
+
 def describe_tiers(stream: Stream) -> dict[str, Any]:
     """How many live edits of the newest accepted version are in its weights, its adapter and its memory (an edit may be in several), how
     many are in memory only, and how long the oldest of those has been."""
-    unwritten = stream.index.find_unwritten()
-    absorbed, _ = read_learned(stream, stream.head.manifest)
-    waiting = [row for row in unwritten if row.id not in absorbed]
-    since = stream.log.read(waiting[0].seq).time if waiting else None
+    waiting = find_unconsolidated(stream)
+    oldest = measure_wait(stream, waiting)
     return {
-        "weights": stream.index.counts().get("live", 0) - len(unwritten),
-        "adapter": len(absorbed),
+        "weights": stream.index.counts().get("live", 0) - len(stream.index.find_unwritten()),
+        "adapter": len(read_learned(stream, stream.head.manifest).absorbed),
         "memory": _read_layer(stream, stream.head.manifest, MEMORY).get("count", 0),
         "unconsolidated": len(waiting),
-        "oldest_seconds": None if since is None else round((datetime.now(UTC) - since).total_seconds()),
+        "oldest_seconds": None if oldest is None else round(oldest),
     }
 
 

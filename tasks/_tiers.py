@@ -1,7 +1,8 @@
 """What stands above an editor's layer in a version: the adapter that has taken edits in, and the memory of those that nothing else knows.
 
 Both are functions of what is live. An adapter that has absorbed an edit which leaves goes with it, in the same commit; what only it knew is
-remembered again. Memory holds the live edits that are neither written nor absorbed, or all of them (`memory.holds`).
+remembered again. Memory holds the live edits that are neither written nor absorbed, and those that the adapter does not answer, or all of
+them (`memory.holds`).
 """
 
 from collections.abc import Collection, Sequence

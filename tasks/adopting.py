@@ -6,10 +6,9 @@ anew, block by block, as a compaction does.
 
 import time
 
-from errata.candidates import adopt_state, load_artifacts, load_state, restart_state, store_restart
+from errata.candidates import adopt_state, load_state, restart_state, store_restart
 from errata.errors import InputError
-from errata.gate import decide_whole
-from errata.manifests import Manifest, replace_bottom
+from errata.manifests import replace_bottom
 from errata.profiles import require_same_pairs
 from errata.report import Report
 from errata.rounds import Round
@@ -21,7 +20,7 @@ from tasks._session import load_model, load_named, open_named, read_manifest
 from tasks._task import stage
 from tasks.committing import commit_once, describe_writer, shorten_reasons
 from tasks.editing import refer
-from tasks.evaluating import measure_candidate
+from tasks.evaluating import judge_whole
 from tasks.replaying import spell_live
 
 
@@ -66,20 +65,11 @@ def solve_anew(stream: str, order: str) -> Round:
 
 @stage
 def judge_adoption(stream: str, order: str, candidate: Round) -> Round:
-    """The candidate with its report and the gate's decision: a sample of the live edits is asked everything that a batch is asked. A fault
-    refuses the whole, since no edit is to blame for how all are solved."""
+    """The candidate with its report and the gate's decision: see `judge_whole`."""
     settings, opened = open_named(stream)
-    begun = time.perf_counter()
-    work = AdoptionOrder.load(opened.objects, order)
-    manifest = Manifest.from_bytes(opened.objects.get(candidate.manifest))
+    work, manifest = AdoptionOrder.load(opened.objects, order), read_manifest(opened, candidate.manifest)
     model = load_named(settings, opened.storage, manifest.base, work.profile, manifest.layers[0].editor)
-    rows = opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)
-    sample = [opened.read_record(row).edit for row in rows]
-    report = measure_candidate(settings, opened, model, load_artifacts(opened.objects, manifest), sample, sample)
-    report = report.model_copy(update={"live": opened.index.counts().get("live", 0)})
-    seconds = {**candidate.seconds, "evaluate": time.perf_counter() - begun}
-    decision = decide_whole(report, settings.gate)
-    return candidate.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision, "seconds": seconds})
+    return judge_whole(settings, opened, model, candidate)
 
 
 @stage

@@ -10,9 +10,10 @@ from errata.editors.adapters import LoraAdapter
 from errata.editors.neurons import Firing, Place
 from errata.errors import ErasedError
 from errata.evaluation.generation import generate_answers
-from errata.explaining import Explanation, Said, explain_answer, find_edit, list_edits
+from errata.explaining import Explanation, Said, explain_answer, list_edits
 from errata.manifests import Manifest, PairRef
 from errata.modeling.patch import attach
+from errata.retrieval.facts import find_edit
 from errata.retrieval.routing import Route
 from errata.settings import Settings
 from registry.stream import Stream

@@ -23,8 +23,6 @@ from errata.edits import Edit, digest_of
 from errata.errors import ErasedError, KeyMissingError
 from errata.evaluation.metrics import all_correct
 from errata.evaluation.scoring import score_targets
-from errata.gate import decide_whole
-from errata.manifests import Manifest
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
 from errata.modeling.queries import find_room
@@ -43,7 +41,7 @@ from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
 from tasks._tiers import put_adapter, recall_all
 from tasks.committing import commit_once, describe_writer, shorten_reasons
-from tasks.evaluating import measure_candidate
+from tasks.evaluating import judge_whole
 
 _ENOUGH = 0.5
 """Share of the live edits that memory has to answer, for a base to be one that reads its context."""
@@ -141,20 +139,14 @@ def stack_adapter(stream: str, trained: Trained) -> tuple[str, Round] | None:
 
 @stage
 def judge_distillation(stream: str, candidate: Round) -> Round:
-    """The candidate with its report and the gate's decision: a sample of the live edits is asked everything that a batch is asked. A fault
-    refuses the whole: an adapter cannot be taken apart."""
+    """The candidate with its report and the gate's decision: see `judge_whole`. An adapter cannot be taken apart."""
     settings, opened = open_named(stream)
-    model, begun = load_model(settings, opened), time.perf_counter()
-    manifest = Manifest.from_bytes(opened.objects.get(candidate.manifest))
-    rows = opened.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)
-    sample = list(opened.read_edits(rows))
-    report = measure_candidate(settings, opened, model, load_artifacts(opened.objects, manifest), sample, sample)
-    report = report.model_copy(update={"live": opened.index.counts().get("live", 0)})
-    decision = decide_whole(report, settings.gate)
-    if not candidate.rest:
-        decision = decision.model_copy(update={"verdict": "reject", "reasons": ("No live edit takes with the adapter alone.",)})
-    seconds = {**candidate.seconds, "evaluate": time.perf_counter() - begun}
-    return candidate.model_copy(update={"report": opened.objects.put(report.to_bytes()), "decision": decision, "seconds": seconds})
+    judged = judge_whole(settings, opened, load_model(settings, opened), candidate)
+    if candidate.rest:
+        return judged
+    assert judged.decision is not None, "a round that was judged has a decision"
+    said = {"verdict": "reject", "reasons": ("No live edit takes with the adapter alone.",)}
+    return judged.model_copy(update={"decision": judged.decision.model_copy(update=said)})
 
 
 @stage

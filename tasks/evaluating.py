@@ -9,7 +9,7 @@ from errata.candidates import load_artifacts
 from errata.editors.artifacts import Artifact
 from errata.edits import Edit
 from errata.evaluation.evaluate import evaluate_candidate
-from errata.gate import decide
+from errata.gate import decide, decide_whole
 from errata.monitors.locality import PROBE_TEXTS
 from errata.report import COARSE, Diagnosis, Report
 from errata.rounds import Round
@@ -63,6 +63,18 @@ def judge_candidate(stream: str, order: str, candidate: Round, earlier: Sequence
         without = judge(without)
         judged = without if _count_refused(without) < _count_refused(judged) else judged
     return judged.model_copy(update={"seconds": {**candidate.seconds, "evaluate": time.perf_counter() - begun}})
+
+
+def judge_whole(settings: Settings, stream: Stream, model: Model, candidate: Round) -> Round:
+    """A candidate that changes how live edits are answered, and not which: a sample of them is asked everything that a batch is asked. A
+    fault refuses the whole, since no edit is to blame."""
+    begun = time.perf_counter()
+    sample = list(stream.read_edits(stream.index.sample_live(settings.evaluate.retention_sample, settings.evaluate.seed)))
+    artifacts = load_artifacts(stream.objects, read_manifest(stream, candidate.manifest))
+    report = measure_candidate(settings, stream, model, artifacts, sample, sample)
+    report = report.model_copy(update={"live": stream.index.counts().get("live", 0)})
+    found = {"report": stream.objects.put(report.to_bytes()), "decision": decide_whole(report, settings.gate)}
+    return candidate.model_copy(update={**found, "seconds": {**candidate.seconds, "evaluate": time.perf_counter() - begun}})
 
 
 def _count_refused(judged: Round) -> int:

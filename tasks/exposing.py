@@ -29,7 +29,7 @@ from errata.settings import Settings
 from errata.watching import WatchReport
 from registry.marks import find_oldest_waiting, find_shown, find_success, read_watch
 from registry.stream import Stream, list_streams, open_stream
-from registry.tiers import describe_tiers
+from registry.tiers import find_unconsolidated, measure_wait
 
 _FAMILIES = {
     "errata_weight_norm_ratio": ("mean |W| / mean |W0| of an edited layer, when the watch last looked.", "layer"),
@@ -117,9 +117,9 @@ def _read_stream(settings: Settings, name: str) -> Iterator[Sample]:
         yield from _read_report(report) if report else ()
         for outcome, number in stream.index.counts().items():
             yield "errata_edits_total", outcome, number
-        tiers = describe_tiers(stream)
-        yield "errata_memory_only_edits", None, tiers["unconsolidated"]
-        yield "errata_memory_only_age_seconds", None, tiers["oldest_seconds"] or 0
+        waiting = find_unconsolidated(stream)
+        yield "errata_memory_only_edits", None, len(waiting)
+        yield "errata_memory_only_age_seconds", None, measure_wait(stream, waiting) or 0.0
         yield from _read_life(stream)
     finally:
         stream.index.close()

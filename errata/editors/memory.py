@@ -19,7 +19,7 @@ from errata.modeling.queries import route_queries
 from errata.modeling.tokens import encode_prompt
 from errata.retrieval.demonstrations import spell_context, spell_stored
 from errata.retrieval.encoder import DEFAULT_ENCODER, Encoder, load_encoder
-from errata.retrieval.facts import Fact
+from errata.retrieval.facts import Fact, find_edit
 from errata.retrieval.nearest import NearestFacts
 from errata.retrieval.routing import FLOOR, FactStore, Route, Scope
 
@@ -253,7 +253,7 @@ def _join(blocks: Sequence[FactBlock]) -> FactBlock:
 
 def _list_owners(facts: Sequence[Fact]) -> list[list[str]]:
     """Edit ids as stored pairs spell their owners: an erasure looks for them there."""
-    return [[fact.id.rpartition("@")[0] or fact.id] for fact in facts]
+    return [[find_edit(fact.id)] for fact in facts]
 
 
 def _read_fact(content: Mapping[str, Any]) -> Fact:

@@ -5,6 +5,7 @@ A prompt is routed once, by its text alone, before anything is decoded (algorith
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from errata.modeling.loading import Base
 from errata.modeling.patch import claim_places
@@ -35,7 +36,20 @@ def route_queries(base: Base, router: Router) -> Iterator[None]:
             del base.model.__dict__[_ROUTER]
 
 
+class Query(NamedTuple):
+    """What a model reads for a prompt."""
+
+    ids: list[int]
+    routed: bool
+    """Facts stand before it."""
+
+
 def encode_queries(base: Base, prompts: Sequence[str], answer: int) -> list[list[int]]:
+    """The ids of `read_queries`, whatever stands before them."""
+    return [query.ids for query in read_queries(base, prompts, answer)]
+
+
+def read_queries(base: Base, prompts: Sequence[str], answer: int) -> list[Query]:
     """What the model reads for each prompt as it is now. A prompt that leaves no room in the context loses its beginning.
 
     Args:
@@ -44,7 +58,10 @@ def encode_queries(base: Base, prompts: Sequence[str], answer: int) -> list[list
     router: Router | None = base.model.__dict__.get(_ROUTER)
     routed = router(base, prompts, find_room(base, answer)) if router and prompts else [None] * len(prompts)
     longest = max(base.context - answer, 1)
-    return [encode_prompt(base.tokenizer, prompt)[-longest:] if ids is None else ids for prompt, ids in zip(prompts, routed, strict=True)]
+    return [
+        Query(encode_prompt(base.tokenizer, prompt)[-longest:], False) if ids is None else Query(ids, True)
+        for prompt, ids in zip(prompts, routed, strict=True)
+    ]
 
 
 def find_room(base: Base, answer: int = 0) -> int:

@@ -5,12 +5,17 @@ from dataclasses import dataclass
 _SLOT = "{}"
 
 
+def find_edit(name: str) -> str:
+    """The id of the edit behind a fact's id, which in a stream is an occurrence, `<edit id>@<seq>`."""
+    return name.rpartition("@")[0] or name
+
+
 @dataclass(frozen=True)
 class Fact:
     """One live edit, or one training edit of a pool."""
 
     id: str
-    """Of its edit."""
+    """Of its edit; in a stream, of its occurrence: see `find_edit`."""
     subject: str
     prompt: str
     """Exactly one `{}` where the subject stands."""
