@@ -17,6 +17,7 @@ from flows import (
     console_alerts,
     console_approval,
     console_ask,
+    console_bench,
     console_calibrate,
     console_erase,
     console_inbox,
@@ -361,6 +362,7 @@ def demo(editor: Editor = "d4s") -> None:
 console_undo.add_commands(app)
 console_ask.add_commands(app)
 console_calibrate.add_commands(app)
+console_bench.add_commands(app)
 console_approval.add_commands(app)
 console_merge.add_commands(app)
 console_moments.add_commands(app)

@@ -4,7 +4,7 @@ Most methods compared here cannot be an editor of a stream (design §5): their e
 contract and not `errata.editors.base.Editor`. Whatever a method changes, it changes through artifacts: the base itself stays as it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,9 @@ from errata.edits import Edit
 from errata.modeling.loading import Base
 from errata.modeling.patch import Attachable
 from errata.profiles import NeuronProfile, Profile
+
+SPLIT_SEED = 0
+"""Of held-out probes (`errata.evaluation.probes`), in every run: whoever makes data for a comparison can withhold the same ones."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Bench:
 
 class Method(Protocol):
     """One way to make a model say something else, over the length of one stream."""
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Edit id → reason, of those that could not be taken so far; all others were."""
+        ...
 
     def write(self, edits: Sequence[Edit]) -> None:
         """Take in the next batch. An edit of a slot that an earlier one had replaces it, as far as the method can do that.

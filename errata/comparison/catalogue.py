@@ -1,0 +1,49 @@
+"""The methods that are compared. A new one is a `Recipe` in the module that writes it."""
+
+from collections.abc import Mapping, Sequence
+
+from errata.comparison.method import Bench, Recipe
+from errata.edits import Edit
+from errata.errors import InputError
+from errata.modeling.patch import Attachable
+
+EVERY = "all"
+
+
+class _Untouched:
+    """Writes nothing: what the base says is what all others are seen against."""
+
+    refused: Mapping[str, str] = {}
+
+    def __init__(self, bench: Bench) -> None:
+        pass
+
+    def write(self, edits: Sequence[Edit]) -> None:
+        pass
+
+    def build_artifacts(self) -> Sequence[Attachable]:
+        return ()
+
+    def count_bytes(self) -> int:
+        return 0
+
+
+BASE = Recipe("base", "base, unedited", "", _Untouched)
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (BASE,)}
+
+
+def choose_methods(spelled: str) -> list[str]:
+    """Methods as a user wrote them, `d4s,memit` or `all`, in the order of the tables; the base is always among them.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    wanted = [name.strip() for name in spelled.split(",") if name.strip()]
+    if unknown := [name for name in wanted if name not in RECIPES and name != EVERY]:
+        raise InputError(f"methods: expected {EVERY!r} or some of {', '.join(RECIPES)}, found {unknown[0]!r}")
+    return [name for name in RECIPES if name in wanted or EVERY in wanted or name == BASE.name]
+
+
+def list_once() -> list[str]:
+    """Methods that are measured once, after the last edit, because they come to the same whatever the batches, or take too long."""
+    return [name for name, recipe in RECIPES.items() if recipe.final_only or name == BASE.name]
