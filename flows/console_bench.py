@@ -3,22 +3,29 @@
 import os
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markdown import Markdown
 from rich.markup import escape
+from rich.table import Table
 
 from errata.builtin import CAVEAT, NAMED
+from errata.comparison.cells import MEASURES
 from errata.errors import InputError
 from errata.settings import load_settings
 from flows.commandline import EPILOG, AsJson, CorpusPath, out, print_json
 from flows.prefect_server import ready_prefect
 
 if TYPE_CHECKING:
+    from errata.comparison.summary import Comparison
     from tasks.comparing import Compared, Request
 
-SMALL = "Measured on a small model that was trained for it: this compares the bookkeeping of methods, and says little about large language models."
+SMALL = (
+    "Measured on a base of one's own. Where that is a small model that was trained for it, this compares the bookkeeping of methods, and says "
+    "little about large language models."
+)
+_SHOWN = ("efficacy", "generalization", "specificity", "ability", "norm_ratio")
 _QUICK = {"edits": 100, "batches": (1, 20), "seeds": 2, "judged": 60, "said": 30}
 
 
@@ -61,7 +68,7 @@ def bench(
         raise InputError(f"{data}: expected a file of edits, found none")
     ready_prefect(settings)
     from errata.comparison.catalogue import RECIPES, choose_methods
-    from errata.comparison.report import MAIN, Heading, spell_table, write_report
+    from errata.comparison.report import Heading, write_report
     from errata.modeling.loading import choose_device
     from tasks.comparing import Request, attach_report, compare_methods
 
@@ -99,11 +106,25 @@ def bench(
         print_json({**told, "cells": [result.model_dump(mode="json", exclude={"rows"}) for result in compared.comparison.results]})
         return
     for size in compared.comparison.batches:
-        out.print(Markdown(f"**Batches of {size}**, after the last edit\n\n" + spell_table(compared.comparison, size, MAIN)))
+        out.print(_build_table(compared.comparison, size))
     out.print(f"[dim]{heading.caveat}[/]")
-    out.print(
-        f"report: [bold]{escape(str(files[0]))}[/], {escape(str(files[1]))} and the raw numbers beside them; MLflow run {compared.runs[:12]}"
+    out.print(f"report: [bold]{escape(str(files[0]))}[/], {escape(str(files[1]))}, the raw numbers beside; MLflow run {compared.runs[:12]}")
+
+
+def _build_table(comparison: "Comparison", batch: int) -> Table:
+    """Means at the end of the stream; the report has the rest, and the spread."""
+    shown = {name: MEASURES[name] for name in _SHOWN}
+    table = Table(
+        title=f"after the last edit, batches of {batch}; means of {len(comparison.seeds)}", title_style="dim", title_justify="left"
     )
+    table.add_column("method", no_wrap=True)
+    for measure in shown.values():
+        table.add_column(measure.title, justify="right")
+    for method in comparison.methods:
+        values = [comparison.gather(method, batch, None, name) for name in shown]
+        cells = [f"{fmean(some):.{shown[name].digits}f}" if some else "–" for name, some in zip(shown, values, strict=True)]
+        table.add_row(comparison.titles[method], *cells)
+    return table
 
 
 def _hurry(request: "Request") -> "Request":
