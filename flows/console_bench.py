@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from tasks.comparing import Compared, Request
 
 SMALL = (
-    "Measured on a base of one's own. Where that is a small model that was trained for it, this compares the bookkeeping of methods, and says "
-    "little about large language models."
+    "Measured on a base of one's own. A small model that was trained for this compares the bookkeeping of methods and says little about "
+    "large language models."
 )
 _SHOWN = ("efficacy", "generalization", "specificity", "ability", "norm_ratio")
 _QUICK = {"edits": 100, "batches": (1, 20), "seeds": 2, "judged": 60, "said": 30}

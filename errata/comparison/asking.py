@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from errata.comparison.cells import EditRow, Point, Scope, name_age
+from errata.comparison.cells import MEASURES, EditRow, Point, Scope, name_age
 from errata.comparison.material import Material
 from errata.comparison.method import SPLIT_SEED
 from errata.edits import Edit
@@ -63,7 +63,7 @@ class Sheet:
         said = judged[: self._scope.said]
         norms = [norm for item in artifacts for norm in measure_norms(self._base, item.deltas)]
         self._ask_base(judged)
-        values: Values = dict.fromkeys(("perplexity_ratio", "kl", "fluency", "ability", "portability"))
+        values: Values = dict.fromkeys(MEASURES)
         with attach(self._base, artifacts):
             scored = score_targets(self._base, [*self._list_rewrites(live), *self._list_probes(judged)], batch_tokens=self._batch_tokens)
             answers = self._generate(said)

@@ -85,7 +85,7 @@ def draw_edits(edits: Sequence[Edit], count: int, seed: int, texts: Iterable[str
         edits=tuple(_drop_touched(edit, names) for edit in stream),
         pool=tuple(spare[:_POOL]),
         texts=tuple(islice((text for text in texts if not any(name in text for name in names)), _TEXTS)),
-        questions=tuple(_make_questions(spare, seed)),
+        questions=tuple(_make_questions(spare, distinct, seed)),
     )
 
 
@@ -96,15 +96,16 @@ def _drop_touched(edit: Edit, names: set[str]) -> Edit:
     return edit.model_copy(update={"neighborhood_prompts": keep(edit.neighborhood_prompts)})
 
 
-def _make_questions(edits: Sequence[Edit], seed: int) -> list[AbilityQuestion]:
-    """What is true of subjects that nobody edits, among what is true of others of the same relation."""
-    known = [edit for edit in edits if edit.target_true and edit.relation_id]
+def _make_questions(edits: Sequence[Edit], every: Sequence[Edit], seed: int) -> list[AbilityQuestion]:
+    """What is true of the subjects of `edits`, among what is true of others of the same relation."""
     truths: dict[str, list[str]] = {}
-    for edit in known:
-        truths.setdefault(str(edit.relation_id), []).append(str(edit.target_true))
+    for edit in every:
+        truths.setdefault(str(edit.relation_id), []).extend([edit.target_true] if edit.target_true else [])
     draw = random.Random(f"comparison questions {seed}")
     questions = []
-    for edit in known:
+    for edit in edits:
+        if not edit.target_true or not edit.relation_id:
+            continue
         true = str(edit.target_true)
         others = sorted({other for other in truths[str(edit.relation_id)] if other != true})
         if len(others) >= _CHOICES - 1:
