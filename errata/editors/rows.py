@@ -64,3 +64,17 @@ def build_rows(
     text = KL_PROMPT.replace(SLOT, edit.subject)
     ids, site = locate_subject(tokenizer, text, 0, len(edit.subject))
     return EditRows(target, rows, ids[: site + 1] if place == "subject_last" else ids)
+
+
+def build_all_rows(
+    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], contexts: Sequence[str], longest: int, place: Site = "subject_last"
+) -> tuple[dict[str, EditRows], dict[str, str]]:
+    """Edit id → its rows, or why it has none. Arguments as `build_rows`."""
+    rows: dict[str, EditRows] = {}
+    refused: dict[str, str] = {}
+    for edit in edits:
+        try:
+            rows[edit.edit_id] = build_rows(tokenizer, edit, contexts, longest, place)
+        except TokenizationError as error:
+            refused[edit.edit_id] = str(error)
+    return rows, refused

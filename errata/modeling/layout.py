@@ -31,6 +31,8 @@ class ModelLayout:
     """Module that turns positions into the rotary embeddings that blocks expect, where blocks expect them."""
     cache: str = "past_key_values"
     """What a block calls its cache."""
+    mlp_norm: str | None = None
+    """Within a block: the norm between attention's output and the MLP. None where the MLP runs beside attention and does not see it."""
 
     def block(self, model: PreTrainedModel, layer: int) -> nn.Module:
         """Block `layer`.
@@ -84,6 +86,7 @@ _GPT2 = ModelLayout(
     norm="transformer.ln_f",
     head="lm_head",
     rotary=None,
+    mlp_norm="ln_2",
 )
 _LLAMA = ModelLayout(
     body="model",
@@ -93,9 +96,10 @@ _LLAMA = ModelLayout(
     norm="model.norm",
     head="lm_head",
     rotary="model.rotary_emb",
+    mlp_norm="post_attention_layernorm",
 )
 
-_GPTJ = replace(_GPT2, projection="mlp.fc_out", transposed=False, cache="layer_past")
+_GPTJ = replace(_GPT2, projection="mlp.fc_out", transposed=False, cache="layer_past", mlp_norm=None)
 _NEOX = ModelLayout(
     body="gpt_neox",
     blocks="gpt_neox.layers",
@@ -105,19 +109,20 @@ _NEOX = ModelLayout(
     head="lm_head",
     rotary="gpt_neox.rotary_emb",
     cache="layer_past",
+    mlp_norm="post_attention_layernorm",
 )
 
 LAYOUTS = {
     "gpt2": _GPT2,
     "gptj": _GPTJ,
-    "gpt_neo": replace(_GPTJ, projection="mlp.c_proj"),
+    "gpt_neo": replace(_GPTJ, projection="mlp.c_proj", mlp_norm="ln_2"),
     "gpt_neox": _NEOX,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma": _LLAMA,
-    "phi": replace(_LLAMA, projection="mlp.fc2", norm="model.final_layernorm"),
+    "phi": replace(_LLAMA, projection="mlp.fc2", norm="model.final_layernorm", mlp_norm=None),
 }
 """By `config.model_type`. A family is added here once its row has been tried end to end."""
 
@@ -135,6 +140,8 @@ def find_layout(model: PreTrainedModel) -> ModelLayout:
             f"expected a model of one of the families {', '.join(sorted(LAYOUTS))}, found {family!r}; "
             "a family is a row of LAYOUTS in errata/modeling/layout.py"
         )
+    if getattr(model.config, "use_parallel_residual", False):
+        layout = replace(layout, mlp_norm=None)
     try:
         for path in (layout.body, layout.norm, layout.head):
             model.get_submodule(path)

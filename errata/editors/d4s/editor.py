@@ -24,9 +24,9 @@ from errata.editors.d4s.reading import read_base, read_keys
 from errata.editors.d4s.solve import PairSystem, SumSystem, estimate_condition, factor_moments
 from errata.editors.d4s.state import D4SState
 from errata.editors.d4s.targets import optimise_targets
-from errata.editors.rows import EditRows, build_rows
+from errata.editors.rows import EditRows, build_all_rows
 from errata.edits import Edit
-from errata.errors import BaseMismatchError, EditorError, TokenizationError
+from errata.errors import BaseMismatchError, EditorError
 from errata.modeling.layout import ModelLayout
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach, require_untouched
@@ -145,7 +145,7 @@ class D4S:
         parts: list[Pairs] = []
         notes: dict[str, Preparation] = {}
         done = 0
-        for chunk in _chunk(rows, list_units(rows, groups), self._chunk_tokens):
+        for chunk in chunk_units(rows, list_units(rows, groups), self._chunk_tokens):
             chosen = [[rows[edit_id] for edit_id in unit] for unit in chunk]
             reading = read_base(base, chosen, options.layers)
             residuals, measured = optimise_targets(base, chosen, reading, options)
@@ -171,7 +171,7 @@ class D4S:
         """The pairs with the keys of each layer above the first read on the base with the layers below solved for all that is live and for
         these (nlpkeg/D4S `memit_main.py`; algorithms.md §1.1). The weights of a layer depend on keys up to it alone, so bottom-up each has
         what it needs; keys further up are still those of the base, and are not looked at."""
-        units = _chunk(rows, pairs.owners, self._chunk_tokens)
+        units = chunk_units(rows, pairs.owners, self._chunk_tokens)
         below: dict[int, torch.Tensor] = {}
         for lower, layer in pairwise(self._profile.prepare.layers):
             below[lower] = self._solve_layer(self.merge(state, pairs, None), lower, below)
@@ -278,16 +278,8 @@ class D4S:
         return {self._layout.weight_name(layer): estimate_condition(self._form(state, layer)) for layer in layers}
 
     def _build_rows(self, base: Base, edits: Sequence[Edit]) -> tuple[dict[str, EditRows], dict[str, str]]:
-        """Edit id → its token rows, or why it has none."""
         options = self._profile.prepare
-        rows: dict[str, EditRows] = {}
-        refused: dict[str, str] = {}
-        for edit in edits:
-            try:
-                rows[edit.edit_id] = build_rows(base.tokenizer, edit, options.contexts, base.span, options.site)
-            except TokenizationError as error:
-                refused[edit.edit_id] = str(error)
-        return rows, refused
+        return build_all_rows(base.tokenizer, edits, options.contexts, base.span, options.site)
 
     def _require_base(self, base: Base) -> None:
         if base.digest != self._profile.base:
@@ -344,7 +336,7 @@ class D4S:
         return self._factors[layer]
 
 
-def _chunk(rows: Mapping[str, EditRows], units: Iterable[tuple[str, ...]], tokens: int) -> list[list[tuple[str, ...]]]:
+def chunk_units(rows: Mapping[str, EditRows], units: Iterable[tuple[str, ...]], tokens: int) -> list[list[tuple[str, ...]]]:
     """Units in their order, cut so that a chunk's padded tokens stay below `tokens`."""
     chunks: list[list[tuple[str, ...]]] = []
     longest, count = 0, 0

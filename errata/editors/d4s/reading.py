@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from errata.editors.rows import EditRows
 from errata.modeling.loading import Base
@@ -62,7 +63,7 @@ def read_base(base: Base, units: Sequence[Sequence[EditRows]], layers: Sequence[
     above = range(top + 1, base.layout.count_layers(base.model))
     suffix = cut_suffixes(base.model, base.layout, outputs[top], above, sites, [len(row) for row in flat])
     sizes = [len(unit) for unit in units]
-    keys = {layer: _average_units(_average_contexts(inputs.view(len(rows), count, -1)), sizes) for layer, inputs in found.items()}
+    keys = {layer: _average_units(average_contexts(inputs.view(len(rows), count, -1)), sizes) for layer, inputs in found.items()}
     return Reading(keys, _average_units(suffix.hidden[0:split:count, 0].float(), sizes), suffix, essences)
 
 
@@ -77,11 +78,37 @@ def read_keys(base: Base, units: Sequence[Sequence[EditRows]], layer: int) -> to
     projection = {layer: base.layout.projection_of(base.model, layer)}
     with trace_inputs(projection, lambda inputs: inputs[every, at].float(), stop=True) as found:
         base.model.get_submodule(base.layout.body)(input_ids=ids, attention_mask=mask, use_cache=False)
-    averaged = _average_contexts(found[layer].view(len(rows), len(contexts) // len(rows), -1))
+    averaged = average_contexts(found[layer].view(len(rows), len(contexts) // len(rows), -1))
     return _average_units(averaged, [len(unit) for unit in units])
 
 
-def _average_contexts(keys: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def read_contexts(
+    base: Base, edits: Sequence[EditRows], layers: Sequence[int], output: nn.Module
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """Keys in every context, and what a module says at the site of the bare prompt, from the weights as they are now.
+
+    Args:
+        output: a block, or its MLP, at the highest layer; the pass ends there.
+
+    Returns:
+        Layer → [e, c, d_in] float32, which `average_contexts` takes; [e, d] float32.
+    """
+    contexts = [row for edit in edits for row in edit.contexts]
+    every = torch.arange(len(contexts), device=base.device)
+    at = torch.tensor([row.site for row in contexts], device=base.device)
+    ids, mask = pad_rows([row.ids for row in contexts], find_pad(base.tokenizer), "right", base.device)
+    projections = {layer: base.layout.projection_of(base.model, layer) for layer in layers}
+    with (
+        trace_inputs(projections, lambda inputs: inputs[every, at].float()) as found,
+        capture_outputs({"output": output}, stop=True) as outputs,
+    ):
+        base.model.get_submodule(base.layout.body)(input_ids=ids, attention_mask=mask, use_cache=False)
+    keys = {layer: inputs.view(len(edits), len(contexts) // len(edits), -1) for layer, inputs in found.items()}
+    return keys, outputs["output"][every, at][:: len(contexts) // len(edits)].float()
+
+
+def average_contexts(keys: torch.Tensor) -> torch.Tensor:
     """[e, c, d_in] → [e, d_in]: the mean of the bare context and of the mean of the others."""
     bare = keys[:, 0]
     return bare if keys.shape[1] == 1 else (bare + keys[:, 1:].mean(dim=1)) / 2

@@ -37,15 +37,15 @@ def optimise_targets(
     scaled = options.lr_scale * radius / (options.steps * reading.site.shape[1] ** 0.5)
     rate = scaled if options.lr is None else torch.full_like(norm, options.lr)
     delta = torch.zeros_like(reading.site)
-    adam = _Adam(torch.zeros_like(delta), torch.zeros_like(delta))
+    adam = Adam(torch.zeros_like(delta), torch.zeros_like(delta))
     measured: dict[int, tuple[float, int]] = {}
     likelihoods = torch.zeros(sum(map(len, units)))
-    running = _start(units, reading)
+    running = start_running(units, reading)
     for step in range(1, options.steps + 1):
         moves = step < options.steps
         shift = delta[running.units].requires_grad_(moves)
         with torch.set_grad_enabled(moves):
-            spoken = _predict(base, running, shift)
+            spoken = predict(base, running, shift[running.owner])
             if step == 1:
                 running = replace(running, reference=spoken[running.essences].detach())
             nll, each = running.measure_likelihood(spoken)
@@ -71,21 +71,21 @@ def optimise_targets(
 
 
 @dataclass(frozen=True)
-class _Adam:
-    """Adam's moments for every edit of a call, [e, d] each; only the edits still moving are updated."""
+class Adam:
+    """Adam's moments for every edit of a call, [e, …] each; only the edits still moving are updated."""
 
     first: torch.Tensor
     second: torch.Tensor
 
     def direct(self, moving: torch.Tensor, gradient: torch.Tensor, step: int) -> torch.Tensor:
-        """Direction [a, d] of step `step` (from 1) for the edits `moving` [a], with β = (.9, .999) and ε = 1e-8."""
+        """Direction [a, …] of step `step` (from 1) for the edits `moving` [a], with β = (.9, .999) and ε = 1e-8."""
         self.first[moving] = 0.9 * self.first[moving] + 0.1 * gradient
         self.second[moving] = 0.999 * self.second[moving] + 0.001 * gradient.square()
         return (self.first[moving] / (1 - 0.9**step)) / ((self.second[moving] / (1 - 0.999**step)).sqrt() + 1e-8)
 
 
 @dataclass(frozen=True)
-class _Running:
+class Running:
     """The a units still being optimised, and their b edits. Predictions are rows of one table: m of target tokens, then one per unit of
     its essence."""
 
@@ -150,7 +150,7 @@ class _Running:
         )
 
 
-def _start(units: Sequence[Sequence[EditRows]], reading: Reading) -> _Running:
+def start_running(units: Sequence[Sequence[EditRows]], reading: Reading) -> Running:
     """All units, without the reference, which the first prediction gives."""
     edits = [(index, edit) for index, unit in enumerate(units) for edit in unit]
     owner: list[int] = []
@@ -168,7 +168,7 @@ def _start(units: Sequence[Sequence[EditRows]], reading: Reading) -> _Running:
     owner += [index for index, row in enumerate(reading.essences) if row >= len(owner)]
     places += [(row, 0) for row in reading.essences]
     device = reading.site.device
-    return _Running(
+    return Running(
         units=torch.arange(len(units), device=device),
         edits=torch.arange(len(edits), device=device),
         unit_of=torch.tensor([unit for unit, _ in edits], device=device),
@@ -184,8 +184,8 @@ def _start(units: Sequence[Sequence[EditRows]], reading: Reading) -> _Running:
     )
 
 
-def _predict(base: Base, running: _Running, shift: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [m + a, vocab] float32 of what follows the places of `running`, at `shift` [a, d]."""
-    states = running.suffix.run(base.model, base.layout, shift[running.owner], running.rows, running.columns)
+def predict(base: Base, running: Running, shift: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [m + a, vocab] float32 of what follows the places of `running`, with `shift` [n, d] added at its rows' sites."""
+    states = running.suffix.run(base.model, base.layout, shift, running.rows, running.columns)
     logits: torch.Tensor = base.model.get_submodule(base.layout.head)(base.model.get_submodule(base.layout.norm)(states))
     return logits.float().log_softmax(dim=-1)
