@@ -125,14 +125,14 @@ def compare_methods(settings: Settings, request: Request) -> Compared:
     folder.mkdir(parents=True, exist_ok=True)
     for material in materials.values():
         write_whole(_material_path(folder, material.digest), material.model_dump_json().encode())
-    cells = list(list_cells(request.methods, request.batches, range(request.seeds), list_once()))
+    cells = list(list_cells(request.methods, request.batches, range(request.seeds), list_once(request.batches)))
     paths = {cell: _cell_path(folder, scope, materials[cell.seed].digest, cell) for cell in cells}
     missing = [cell for cell in cells if request.afresh or not paths[cell].exists()]
     threads = settings.threads or max((os.cpu_count() or 1) // request.jobs, 1)
     order = Order(settings, scope, folder, threads)
     _measure_cells(order, missing, {seed: material.digest for seed, material in materials.items()}, request)
     results = [CellResult.model_validate_json(paths[cell].read_bytes()) for cell in cells]
-    comparison = Comparison(results, {name: recipe.title for name, recipe in RECIPES.items()}, list_once())
+    comparison = Comparison(results, {name: recipe.title for name, recipe in RECIPES.items()}, list_once(request.batches))
     return Compared(comparison, scope, materials, len(missing), _show_runs(settings, scope, results))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from errata.comparison.method import Bench, Recipe
+from errata.comparison.weights import WEIGHT_RECIPES
 from errata.edits import Edit
 from errata.errors import InputError
 from errata.modeling.patch import Attachable
@@ -29,7 +30,7 @@ class _Untouched:
 
 
 BASE = Recipe("base", "base, unedited", "", _Untouched)
-RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (BASE,)}
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (BASE, *WEIGHT_RECIPES)}
 
 
 def choose_methods(spelled: str) -> list[str]:
@@ -44,6 +45,12 @@ def choose_methods(spelled: str) -> list[str]:
     return [name for name in RECIPES if name in wanted or EVERY in wanted or name == BASE.name]
 
 
-def list_once() -> list[str]:
-    """Methods that are measured once, after the last edit, because they come to the same whatever the batches, or take too long."""
-    return [name for name, recipe in RECIPES.items() if recipe.final_only or name == BASE.name]
+def list_once(batches: Sequence[int]) -> dict[str, int]:
+    """Methods that are measured with one size of batches alone, and which: what writes edit by edit comes to the same whatever the
+    batches; what is measured at the end alone takes too long to be repeated.
+
+    Args:
+        batches: sizes, ascending.
+    """
+    once = {name: batches[0] for name, recipe in RECIPES.items() if recipe.max_batch == 1 or name == BASE.name}
+    return once | {name: batches[-1] for name, recipe in RECIPES.items() if recipe.final_only}

@@ -144,12 +144,12 @@ def name_age(age: int) -> str:
     return next(name for most, name in ((9, "0-9"), (99, "10-99"), (499, "100-499"), (age, "500-on")) if age <= most)
 
 
-def list_cells(methods: Sequence[str], batches: Sequence[int], seeds: Sequence[int], once: Sequence[str]) -> Iterator[Cell]:
+def list_cells(methods: Sequence[str], batches: Sequence[int], seeds: Sequence[int], once: Mapping[str, int]) -> Iterator[Cell]:
     """Seed by seed, so that a comparison that is interrupted has whole tables.
 
     Args:
-        once: methods that are the same whatever the batches: measured with the largest alone.
+        once: methods that are measured with one size of batches alone, and which.
     """
     for seed in seeds:
         for method in methods:
-            yield from (Cell(method=method, batch=batch, seed=seed) for batch in (batches[-1:] if method in once else batches))
+            yield from (Cell(method=method, batch=batch, seed=seed) for batch in ([once[method]] if method in once else batches))

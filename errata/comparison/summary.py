@@ -1,7 +1,7 @@
 """What many cells say together: tidy tables of raw numbers, and means with their spread over seeds."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from statistics import fmean
 
@@ -19,10 +19,10 @@ class Comparison:
 
     Args:
         titles: method → how tables call it, in their order.
-        once: methods that are the same whatever the batches: they stand in every batch's table.
+        once: methods that were measured with one size of batches: they stand in every table.
     """
 
-    def __init__(self, results: Sequence[CellResult], titles: dict[str, str], once: Sequence[str]) -> None:
+    def __init__(self, results: Sequence[CellResult], titles: dict[str, str], once: Collection[str]) -> None:
         self.results, self.titles, self._once = tuple(results), titles, set(once)
 
     @cached_property

@@ -122,7 +122,7 @@ def test_ages() -> None:
 
 
 def test_cells_go_seed_by_seed_and_some_methods_are_measured_once() -> None:
-    cells = list(list_cells(["base", "d4s"], [1, 10], [0, 1], ["base"]))
+    cells = list(list_cells(["base", "d4s"], [1, 10], [0, 1], {"base": 10}))
     assert [(cell.seed, cell.method, cell.batch) for cell in cells] == [
         (0, "base", 10), (0, "d4s", 1), (0, "d4s", 10), (1, "base", 10), (1, "d4s", 1), (1, "d4s", 10),
     ]  # fmt: skip
