@@ -15,6 +15,9 @@ from errata.modeling.loading import Base
 from errata.modeling.patch import Attachable
 from errata.profiles import NeuronProfile, Profile
 
+SPLIT_SEED = 0
+"""Of `errata.evaluation.probes.split_probes`, in every run: what methods may learn from does not change with the stream's seed."""
+
 
 @dataclass(frozen=True)
 class Bench:
