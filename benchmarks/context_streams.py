@@ -25,13 +25,12 @@ from errata.editors.d4s.editor import D4S
 from errata.editors.memory import EditMemory, MemoryOptions
 from errata.edits import Edit, canonical_json, digest_of
 from errata.evaluation.metrics import agreement, all_correct, prefers, token_accuracy
-from errata.evaluation.probes import split_probes
+from errata.evaluation.probes import split_probes, state_fact
 from errata.evaluation.scoring import Question, Scored, score_targets
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
 from errata.modeling.queries import find_room
 from errata.retrieval.demonstrations import spell_context
-from errata.retrieval.facts import Fact
 from errata.suggestions import suggest_builtin
 from errata.world import World
 
@@ -132,8 +131,8 @@ class Stream:
         edited = {edit.subject for edit in self.edits}
         others = [edit for edit in self.world.make_edits(len(self.world.persons), 1_000 + self.seed) if edit.subject not in edited]
         memory = EditMemory(self.base.digest, MemoryOptions())
-        memory = memory.with_pool([self._state(edit, f"pool {edit.edit_id}") for edit in others[:_POOL]])
-        return memory.update([self._state(edit, edit.edit_id) for edit in self.edits], [])
+        memory = memory.with_pool([state_fact(edit, f"pool {edit.edit_id}", self.seed) for edit in others[:_POOL]])
+        return memory.update([state_fact(edit, edit.edit_id, self.seed) for edit in self.edits], [])
 
     @cached_property
     def drawn(self) -> Drawn:
@@ -201,10 +200,6 @@ class Stream:
         """The question with the edit's own fact in front, whatever it asks."""
         fact = self.memory.facts[row.edit.edit_id]
         return "".join(spell_context(fact, self.memory.choose_demonstrations(fact), row.prompt))
-
-    def _state(self, edit: Edit, id: str) -> Fact:
-        """As an edit memory keeps it: what is held out is for measuring."""
-        return Fact(id, edit.subject, edit.prompt, edit.target_new, (), split_probes(edit, self.seed).training.paraphrases)
 
     def _remember(self, name: Sequence[Any], make: Callable[[], Any]) -> Any:
         """What `make` returns as JSON, made once."""

@@ -18,13 +18,13 @@ from rich.table import Table
 from benchmarks.common import MemoryBlobs, Stopwatch, load_builtin
 from errata.builtin import CAVEAT
 from errata.candidates import build_candidate, load_artifacts, prepare_batch, start_manifest
+from errata.comparison.streams import Ledger
 from errata.editors.base import Editor
 from errata.editors.d4s.editor import D4S
 from errata.editors.kinds import load_artifact
 from errata.edits import Edit
 from errata.evaluation.metrics import all_correct
 from errata.evaluation.scoring import score_targets
-from errata.grouping import Placed, Regrouping, regroup
 from errata.manifests import Manifest, PairRef
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
@@ -143,25 +143,17 @@ def grow_stream(
     """
     watch = watch or Stopwatch()
     manifest = start_manifest(editor, base.digest, "")
-    live: dict[str, Edit] = {}
-    refs: dict[str, PairRef] = {}
+    ledger = Ledger()
     for start in range(0, len(stream), batch):
-        chunk = {edit.slot: edit for edit in stream[start : start + batch]}
-        replaced = [live.pop(slot) for slot in chunk if slot in live]
-        subjects = {edit.subject_key for edit in (*chunk.values(), *replaced)}
-        staying = [Placed(edit, refs[edit.edit_id]) for edit in live.values() if edit.subject_key in subjects]
-        leaving = [refs[edit.edit_id] for edit in replaced]
+        chunk = list({edit.slot: edit for edit in stream[start : start + batch]}.values())
         with watch.stage("prepare"):
-            changed = regroup(editor, base, list(chunk.values()), staying, leaving)
-            if not grouped:
-                changed = Regrouping(tuple(chunk.values()), (), tuple(leaving))
+            changed = ledger.arrange(editor, base, chunk, grouped=grouped)
             prepared = prepare_batch(blobs, editor, base, changed.edits, {}, lambda *_: None, groups=changed.groups)
-        refs |= prepared.refs
         add = list(dict.fromkeys(prepared.refs.values()))
         with watch.stage("merge"):
             manifest = build_candidate(blobs, editor, manifest, add, changed.remove, snapshot_every=10).manifest
-        live |= chunk
-        yield Grown(manifest, live, refs)
+        ledger.settle(chunk, prepared.refs)
+        yield Grown(manifest, ledger.live, ledger.refs)
 
 
 def share(base: Base, rows: Rows) -> float:

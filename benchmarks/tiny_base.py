@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from errata.edits import Edit
 
 if TYPE_CHECKING:
+    from errata.comparison.method import Bench
+    from errata.modeling.loading import Base
     from errata.profiles import PrepareOptions
 
 PEOPLE = (
@@ -98,6 +100,19 @@ def choose_options() -> "PrepareOptions":
     from errata.profiles import PrepareOptions
 
     return PrepareOptions(layers=(1,), steps=15, clamp=2.0, weight_decay=0.0, kl=0.0)
+
+
+def build_bench(base: "Base", work: Path, seed: int = 0) -> "Bench":
+    """What methods of the comparison start from on it. Its pool is about the last persons."""
+    from errata.comparison.method import Bench
+    from errata.editors.d4s.moments import collect_moments
+    from errata.profiles import GateOptions, NeuronOptions, NeuronProfile, Profile, SolveOptions
+
+    options = choose_options()
+    profile = Profile(base=base.digest, prepare=options, solve=SolveOptions(lam=1.0, spread="single", moments="0" * 64))
+    neurons = NeuronProfile(base=base.digest, prepare=NeuronOptions(layer=2), solve=GateOptions())
+    pool = tuple(build_edit(person, relation, person) for person in range(12, 18) for relation in range(4))
+    return Bench(base, profile, collect_moments(base, options.layers, SENTENCES), neurons, pool, work, seed, batch_tokens=1_024)
 
 
 def start_root(root: str, base: Path, home: Path, editor: str = "d4s") -> None:

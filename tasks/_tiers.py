@@ -14,7 +14,7 @@ from errata.editors.adapters import LoraAdapter
 from errata.editors.memory import EditMemory, MemoryOptions
 from errata.edits import Edit, Submission
 from errata.errors import InputError
-from errata.evaluation.probes import split_probes
+from errata.evaluation.probes import state_fact
 from errata.manifests import Layer, Manifest
 from errata.readers.files import read_edits
 from errata.retrieval.facts import Fact
@@ -114,7 +114,7 @@ def recall_all(settings: Settings, stream: Stream, base: str, rows: Sequence[Edi
     Args:
         base: digest of the base that it is put on.
     """
-    facts = [_build_fact(settings, row.occurrence, edit) for row, edit in zip(rows, stream.read_edits(rows), strict=True)]
+    facts = [state_fact(edit, row.occurrence, settings.evaluate.seed) for row, edit in zip(rows, stream.read_edits(rows), strict=True)]
     return _start_memory(settings, stream, base, {fact.id for fact in facts}).update(facts, ())
 
 
@@ -124,7 +124,8 @@ def _remember(
     """A memory made anew."""
     leaving = {row.occurrence for row in gone}
     staying = [row for row in _list_held(settings, stream, learned) if row.occurrence not in leaving]
-    facts = [_build_fact(settings, row.occurrence, edit) for row, edit in zip(staying, stream.read_edits(staying), strict=True)]
+    found = zip(staying, stream.read_edits(staying), strict=True)
+    facts = [state_fact(edit, row.occurrence, settings.evaluate.seed) for row, edit in found]
     facts += _build_facts(settings, come, learned)
     if not facts:
         return EditMemory(base, _read_options(settings))
@@ -147,7 +148,7 @@ def _start_memory(settings: Settings, stream: Stream, base: str, without: Collec
     if settings.memory.pool is not None:
         return memory.with_pool(_read_pool(settings.memory.pool))
     rows = [row for row in stream.index.sample_live(_POOL, settings.evaluate.seed) if row.occurrence not in without]
-    facts = [_build_fact(settings, row.occurrence, edit) for row, edit in zip(rows, stream.read_edits(rows), strict=True)]
+    facts = [state_fact(edit, row.occurrence, settings.evaluate.seed) for row, edit in zip(rows, stream.read_edits(rows), strict=True)]
     return memory.with_pool(facts)
 
 
@@ -202,13 +203,7 @@ def _read_pool(path: Path) -> list[Fact]:
 def _build_facts(settings: Settings, come: Sequence[Coming], learned: Learned) -> list[Fact]:
     """What is to be remembered of edits that come."""
     wanted = [item for item in come if _holds(settings, item.written, item.edit.edit_id, learned)]
-    return [_build_fact(settings, item.occurrence, item.edit) for item in wanted]
-
-
-def _build_fact(settings: Settings, occurrence: str, edit: Edit) -> Fact:
-    # What was held out is for measuring.
-    shown = split_probes(edit, settings.evaluate.seed).training.paraphrases
-    return Fact(occurrence, edit.subject, edit.prompt, edit.target_new, edit.aliases, shown)
+    return [state_fact(item.edit, item.occurrence, settings.evaluate.seed) for item in wanted]
 
 
 def _store(stream: Stream, memory: EditMemory, layer: Layer | None) -> list[Layer]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from errata.comparison.method import Bench, Recipe
+from errata.comparison.others import OTHER_RECIPES
+from errata.comparison.streams import OWN_RECIPES
 from errata.comparison.weights import WEIGHT_RECIPES
 from errata.edits import Edit
 from errata.errors import InputError
@@ -30,7 +32,7 @@ class _Untouched:
 
 
 BASE = Recipe("base", "base, unedited", "", _Untouched)
-RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (BASE, *WEIGHT_RECIPES)}
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (BASE, *OWN_RECIPES, *WEIGHT_RECIPES, *OTHER_RECIPES)}
 
 
 def choose_methods(spelled: str) -> list[str]:

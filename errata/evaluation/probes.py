@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from errata.edits import Edit, Probe
+from errata.retrieval.facts import Fact
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ def split_probes(edit: Edit, seed: int) -> ProbeSplit:
             tuple(probe for probe in edit.neighborhood_prompts if probe.prompt in held_neighbours),
         ),
     )
+
+
+def state_fact(edit: Edit, id: str, seed: int) -> Fact:
+    """An edit as a memory keeps it: with the paraphrases of the training half. What is held out is for measuring.
+
+    Args:
+        id: of the fact; in a stream that of the occurrence.
+        seed: of the split.
+    """
+    return Fact(id, edit.subject, edit.prompt, edit.target_new, edit.aliases, split_probes(edit, seed).training.paraphrases)
 
 
 def _rank(texts: Sequence[str], edit_id: str, seed: int) -> list[str]:
