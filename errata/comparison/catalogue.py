@@ -31,7 +31,7 @@ class _Untouched:
         return 0
 
 
-BASE = Recipe("base", "base, unedited", "", _Untouched)
+BASE = Recipe("base", "base, unedited", "", _Untouched, same=True)
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (BASE, *OWN_RECIPES, *WEIGHT_RECIPES, *OTHER_RECIPES)}
 
 
@@ -48,11 +48,11 @@ def choose_methods(spelled: str) -> list[str]:
 
 
 def list_once(batches: Sequence[int]) -> dict[str, int]:
-    """Methods that are measured with one size of batches alone, and which: what writes edit by edit comes to the same whatever the
-    batches; what is measured at the end alone takes too long to be repeated.
+    """Methods that are measured with one size of batches alone, and which: some come to the same whatever the size, and what is measured
+    at the end alone takes too long to be repeated.
 
     Args:
         batches: sizes, ascending.
     """
-    once = {name: batches[0] for name, recipe in RECIPES.items() if recipe.max_batch == 1 or name == BASE.name}
+    once = {name: batches[0] for name, recipe in RECIPES.items() if recipe.same}
     return once | {name: batches[-1] for name, recipe in RECIPES.items() if recipe.final_only}

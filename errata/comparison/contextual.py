@@ -106,6 +106,7 @@ CONTEXT_RECIPES = (
         differs="the fact is found by the sentence encoder, where the published test hands over the right one (an oracle); demonstrations "
         "are MIKE's twelve, nearest last, where IKE mixes 4 copies, 12 updates and 16 retained facts; it is put before every question, as "
         "published",
+        same=True,
     ),
     Recipe(
         name="mike",
@@ -114,6 +115,7 @@ CONTEXT_RECIPES = (
         build=start_mike,
         differs="a fact about a subject that is named is used only if it is similar enough to what is asked; the fact stands before the "
         "question, too",
+        same=True,
     ),
     Recipe(
         name="mike_paper",
@@ -121,5 +123,6 @@ CONTEXT_RECIPES = (
         source=_MIKE,
         build=start_paper_mike,
         differs="the fact stands before the question, too; of several facts of a subject the most similar one answers",
+        same=True,
     ),
 )

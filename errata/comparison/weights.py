@@ -77,6 +77,7 @@ WEIGHT_RECIPES: tuple[Recipe, ...] = (
         build_rome,
         "contexts and z-options but the clamp (4) are the profile's; one layer, the profile's last; mean key and bare key as published",
         max_batch=1,
+        same=True,
     ),
     Recipe(
         "r_rome",
@@ -85,6 +86,7 @@ WEIGHT_RECIPES: tuple[Recipe, ...] = (
         build_r_rome,
         "as ROME, with the mean key of all contexts in all three places",
         max_batch=1,
+        same=True,
     ),
     Recipe(
         "pmet",
