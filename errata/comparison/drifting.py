@@ -55,8 +55,7 @@ class DriftingWeights:
     def add(self, layer: int, change: torch.Tensor) -> None:
         """Write a change [d_out, d_in]. Raises EditorError: the sum is not finite."""
         total = self._deltas[layer] + change if layer in self._deltas else change.double()
-        if not torch.isfinite(total.float()).all():
-            raise EditorError(f"the model is destroyed: layer {layer} is asked for weights that are not finite")
+        _require_finite(total.float(), f"the weights that layer {layer} is asked for")
         self._deltas[layer] = total
 
     def build_artifacts(self) -> Sequence[Attachable]:
@@ -126,19 +125,26 @@ class BottomUp:
         return self._weights.count_bytes() + sum(system.count_bytes() for system in self._systems.values())
 
     def _read(self, chunks: Sequence[Sequence[EditRows]], layers: Sequence[int]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        """Keys [e, d_in] by layer, and outputs [e, d], of the model as it is now, on the CPU."""
+        """Keys [e, d_in] by layer, and outputs [e, d], of the model as it is now, on the CPU. Raises EditorError: not finite."""
         with self._weights.attach():
             parts = [read_contexts(self._base, chunk, layers, self._output) for chunk in chunks]
         keys = {layer: torch.cat([average_contexts(found[layer]).cpu() for found, _ in parts]) for layer in layers}
-        return keys, torch.cat([output.cpu() for _, output in parts])
+        outputs = torch.cat([output.cpu() for _, output in parts])
+        for values in (outputs, *keys.values()):
+            _require_finite(values, "what it says of the edits that are being written")
+        return keys, outputs
 
 
 def optimise_finitely(optimise: Optimise, base: Base, rows: Sequence[EditRows], options: PrepareOptions) -> torch.Tensor:
     """The residuals that `optimise` finds. Raises EditorError: the model says nothing finite any more."""
     residuals, notes = optimise(base, rows, options)
-    if not torch.isfinite(torch.tensor([note.loss for note in notes])).all():
-        raise EditorError("the model is destroyed: what it says of the next edit is not finite")
+    _require_finite(torch.tensor([note.loss for note in notes]), "what it says of the next edit")
     return residuals
+
+
+def _require_finite(values: torch.Tensor, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise EditorError(f"the model is destroyed: expected finite values, found others in {what}")
 
 
 def optimise_hidden(base: Base, rows: Sequence[EditRows], options: PrepareOptions) -> tuple[torch.Tensor, Sequence[Preparation]]:

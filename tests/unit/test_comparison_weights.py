@@ -325,8 +325,9 @@ def test_pmet_moves_a_block_as_if_its_modules_said_more(any_base: Base) -> None:
     change = torch.randn(len(rows), 2, site.hidden.shape[1], generator=torch.Generator().manual_seed(0))
     flat = [row for edit in rows for row in edit.contexts]
     owner = torch.arange(len(rows)).repeat_interleave(len(options.contexts))
+    bare = site.take(torch.arange(len(site.hidden)) < len(flat))
     with torch.no_grad():
-        moved = (site.hidden + 0)[: len(flat)] + combine_first(site, change[owner], len(flat))
+        moved = bare.hidden + bare.combine(change[owner])
     block, mlp = any_base.layout.block(any_base.model, layer), any_base.layout.mlp_of(any_base.model, layer)
     for index, row in enumerate(flat):
         delta_mlp, delta_attention = change[owner[index]]
@@ -338,13 +339,6 @@ def test_pmet_moves_a_block_as_if_its_modules_said_more(any_base: Base) -> None:
         ):
             any_base.model(input_ids=torch.tensor([row.ids]))
         assert distance(moved[index], outputs["block"][0, row.site]) < 1e-4
-
-
-def combine_first(site: Any, change: torch.Tensor, count: int) -> torch.Tensor:
-    """`Site.combine` for the first rows alone: essences are optimised with their edits and are not asked here."""
-    keep = torch.arange(len(site.hidden)) < count
-    moved: torch.Tensor = site.take(keep).combine(change)
-    return moved
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
