@@ -341,15 +341,8 @@ def build_rebase(facts: Facts) -> RenderableType:
     )
 
 
-_FOUND = {
-    "mended": "green",
-    "replaced": "green",
-    "mendable": "yellow",
-    "unequal": "red",
-    "differs": "red",
-    "lost": "red",
-    "erased": "magenta",
-}
+_FOUND = dict.fromkeys(("mended", "replaced"), "green") | dict.fromkeys(("unequal", "differs", "lost"), "red")
+_FOUND |= {"mendable": "yellow", "erased": "magenta"}
 _COMPARED = {"bits": "equal to the bit", "float64": "equal to 1e-8 in float64", "float32": "equal within float32 rounding"}
 
 
