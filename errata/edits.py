@@ -199,7 +199,8 @@ class Risk(BaseModel):
     """What an edit costs, foretold from its target alone: the stranger and the longer a target is to the base, the more weights have to
     move for it (the data side of D4S).
 
-    Source: D4S (Li et al., AAAI 2025), §4: perplexity and length of what is written.
+    Source: the D4S paper's analysis of edited data, perplexity and length of targets; that their product orders edits best is ours
+    (`benchmarks/edit_costs.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
