@@ -50,6 +50,7 @@ bench: $(STAMP)  ## print the benchmarks; each says what it measures
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.retrieval
 	$(BIN)/python -m benchmarks.contextual_base
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.context_quality
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.edit_costs
 
 soak: $(STAMP)  ## 200 scheduled batches with faults; more than half an hour
 	$(BIN)/python -m benchmarks.soak

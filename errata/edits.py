@@ -3,11 +3,12 @@
 import hashlib
 import io
 import json
+import math
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Annotated, Any, BinaryIO, Literal, cast
+from typing import Annotated, Any, BinaryIO, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -192,6 +193,38 @@ class Submission(BaseModel):
     """Propose it although its `submitted_at` is older than that of the live edit it replaces."""
     arrived: datetime | None = None
     """When its file arrived, by the storage's clock: what stands for `submitted_at` where an urgent file has overtaken it."""
+
+
+class Risk(BaseModel):
+    """What an edit costs, foretold from its target alone: the stranger and the longer a target is to the base, the more weights have to
+    move for it (the data side of D4S).
+
+    Source: the D4S paper's analysis of edited data, perplexity and length of targets; that their product orders edits best is ours
+    (`benchmarks/edit_costs.py`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    perplexity: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    """Of target_new under the untouched base, exp of its mean loss per token after the rewrite prompt, teacher forced; None where that is
+    not finite."""
+    tokens: int = Field(ge=1)
+    """Of target_new."""
+
+    @classmethod
+    def over(cls, logprobs: Sequence[float]) -> Self:
+        """Of a target whose tokens have these natural log-probabilities, one at least."""
+        mean = -math.fsum(logprobs) / len(logprobs)
+        # Rounding may leave a certain token a hair above probability 1; e^709 is the last float. Six digits, so that what is stored does
+        # not depend on how many threads computed it.
+        perplexity = float(f"{math.exp(max(mean, 0.0)):.6g}") if mean < 709 else None
+        return cls(perplexity=perplexity, tokens=len(logprobs))
+
+    @property
+    def figure(self) -> float:
+        """What orders edits: surprise in nats, tokens · ln perplexity, the target's whole negative log-likelihood. Infinite where the
+        perplexity is not finite."""
+        return math.inf if self.perplexity is None else self.tokens * math.log(self.perplexity)
 
 
 class Refusal(BaseModel):

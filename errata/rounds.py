@@ -3,6 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 
 from errata.candidates import StoredPair
+from errata.edits import Risk
 from errata.gate import Decision
 from errata.manifests import PairRef
 
@@ -18,6 +19,8 @@ class PreparedRecord(_Record):
     """Name of a pair (`errata.candidates.name_pair`) → where it lies."""
     refused: dict[str, str]
     """Edit id → why no pair can be made of it."""
+    risks: dict[str, Risk] = {}
+    """Edit id → what it is foretold to cost, of those with a pair."""
 
 
 class Prepared(_Record):

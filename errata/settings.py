@@ -144,6 +144,9 @@ class PolicySettings(_Section):
     promote: Literal["auto", "manual"] = "auto"
     """`auto`: an accepted version becomes the champion at once. `manual`: it waits for `errata approve`; the next batch builds on it all
     the same."""
+    max_risk: float | None = Field(default=None, ge=0)
+    """In nats (`errata.edits.Risk.figure`). A batch that writes an edit of greater risk waits for approval, and what builds on it with it,
+    whatever `promote` says. None: none does."""
 
 
 class Settings(BaseSettings):

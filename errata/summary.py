@@ -1,10 +1,38 @@
 """What became of a batch, a withdrawal, a rollback or a compaction, as people and callers of the flows see it."""
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from statistics import median as middle
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from errata.edits import Risk
 from errata.report import Withdrawal
+
+
+class RiskSpread(BaseModel):
+    """Risks of a batch, in nats (`errata.edits.Risk.figure`). What is not finite is None."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    edits: int
+    """How many were measured: those that were to be written into weights."""
+    median: float | None
+    worst: float | None
+    edit: str
+    """Id of the worst."""
+
+    @classmethod
+    def over(cls, risks: Mapping[str, Risk]) -> Self | None:
+        """Of edits by id; None of none."""
+        if not risks:
+            return None
+        worst = max(risks, key=lambda edit_id: risks[edit_id].figure)
+        median, highest = (
+            value if math.isfinite(value) else None for value in (middle(risk.figure for risk in risks.values()), risks[worst].figure)
+        )
+        return cls(edits=len(risks), median=median, worst=highest, edit=worst)
 
 
 class BatchSummary(BaseModel):
@@ -14,7 +42,7 @@ class BatchSummary(BaseModel):
     commit: int | None
     """Number of the commit; None for a dry run."""
     decision: str
-    """`accept`, `reject`, or `nothing to write`."""
+    """`accept`; `hold`, which is accepted and waits for approval because of its risk; `reject`, or `nothing to write`."""
     outcomes: dict[str, int]
     """Outcome → records of the batch, and older edits it replaced."""
     deferred: int
@@ -26,12 +54,14 @@ class BatchSummary(BaseModel):
     reasons: tuple[str, ...]
     seconds: dict[str, float]
     """Stage → wall seconds."""
+    risks: RiskSpread | None
+    """None where nothing was to be written into weights."""
     peak_mb: float
     """Highest resident memory of the process so far, in MiB."""
 
     @property
     def accepted(self) -> bool:
-        return self.decision == "accept"
+        return self.decision in ("accept", "hold")
 
 
 class _Judged(BaseModel):

@@ -11,7 +11,9 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from errata.errors import ErrataError, KeyMissingError
 from errata.redaction import redact
 from errata.settings import Settings
+from errata.summary import RiskSpread
 from flows.lookup import describe_status
+from flows.risks import show_batch
 from registry.events import AcceptedCommit, Commit
 from registry.marks import read_watches
 from registry.stream import Stream
@@ -142,7 +144,9 @@ def describe_batch(stream: Stream, commits: Sequence[Commit]) -> Facts | None:
                 "reason": (fate.reason if fate else None) or "",
             }
         )
-    return {"commit": commit.seq, "kind": commit.kind, "rows": rows, "all": len(batch)}
+    spread = RiskSpread.over({record.edit.edit_id: record.risk for record in batch if record.risk})
+    risk = f"Risk: {show_batch(spread.model_dump())}." if spread else ""
+    return {"commit": commit.seq, "kind": commit.kind, "rows": rows, "all": len(batch), "risk": risk}
 
 
 def describe_versions(settings: Settings, stream: Stream) -> Facts:

@@ -229,7 +229,7 @@ def apply(
     else:
         out.print(views.build_batches(summaries))
         for summary in summaries:
-            for reason in summary["reasons"] if summary["decision"] == "reject" or summary["outcomes"].get("quarantined") else ():
+            for reason in summary["reasons"] if summary["decision"] in ("reject", "hold") or summary["outcomes"].get("quarantined") else ():
                 out.print(f"[dim]batch {summary['commit'] or ''}:[/] {escape(reason)}")
         if dry_run:
             out.print(

@@ -8,6 +8,7 @@ from rich.markup import escape
 from flows import lookup
 from flows.commandline import EPILOG, AsJson, StreamName, Yes, confirm, open_here, out, print_json
 from flows.prefect_server import start_prefect
+from flows.risks import list_held
 from registry.undoing import choose_waiting
 
 Waiting = Annotated[str, typer.Argument(metavar="VERSION|COMMIT", help="v3, 12 or head: what waits.")]
@@ -21,11 +22,14 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def approve(version: Waiting, stream: StreamName = None, reason: Reason = "", yes: Yes = False, as_json: AsJson = False) -> None:
-    """Make a version that waits the champion (`policy.promote = "manual"` lets them wait)."""
+    """Make a version that waits the champion (`policy.promote = "manual"` lets all of them wait, `policy.max_risk` risky ones)."""
     settings, opened = open_here(stream)
     seq = lookup.resolve_state(settings, opened, version)
     if seq != opened.head.champion:
         choose_waiting(opened, seq)
+    for held in list_held(opened):
+        if held["commit"] <= seq and not as_json:
+            out.print(f"commit {held['commit']}: {escape(held['reason'])}")
     confirm(f"{version} becomes the champion of {opened.name!r}, in place of commit {opened.head.champion}. Go on?", yes)
     start_prefect(settings)
     from flows.approval import approve as promote

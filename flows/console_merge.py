@@ -58,7 +58,8 @@ def merge(
         for item in proposal.settled:
             if item.outcome in ("stale", "superseded", "withheld"):
                 out.print(f"[dim]{item.outcome}:[/] {escape(item.arrival.record.origin)}: {escape(item.reason)}")
-        for reason in (reason for summary in summaries for reason in summary["reasons"] if summary["decision"] == "reject"):
-            out.print(f"[dim]refused:[/] {escape(reason)}")
+        for summary in summaries:
+            for reason in summary["reasons"] if summary["decision"] in ("reject", "hold") else ():
+                out.print(f"{'[dim]refused:[/] ' if summary['decision'] == 'reject' else ''}{escape(reason)}")
     if any(summary["decision"] == "reject" for summary in summaries):
         raise typer.Exit(REFUSED)

@@ -11,6 +11,8 @@ from typing import Any
 from errata.edits import Edit
 from errata.errors import InputError, UnknownNameError
 from errata.settings import Settings
+from errata.summary import RiskSpread
+from flows.risks import describe_risk, list_held
 from registry.events import Commit
 from registry.fold import EditRow
 from registry.inbox import PART, InboxFile, list_files, list_waiting, read_waiting
@@ -37,6 +39,7 @@ def describe_status(settings: Settings, stream: Stream) -> Facts:
         "head": head.seq,
         "champion": head.champion,
         "challenger": head.challenger,
+        "held": list_held(stream),
         "champion_age_seconds": round((datetime.now(UTC) - champion.time).total_seconds()),
         "live": counts.get("live", 0),
         "tiers": describe_tiers(stream),
@@ -113,14 +116,16 @@ def describe_commit_whole(stream: Stream, seq: int) -> Facts:
     """A commit with what became of each record."""
     commit = stream.log.read(seq)
     found = stream.read_outcomes(commit)
-    texts = {row.occurrence: row.edit for row in stream.read_batch(commit)}
+    batch = stream.read_batch(commit)
+    texts = {row.occurrence: row.edit for row in batch}
     texts |= _read_texts(stream, [outcome.occurrence for outcome in found if outcome.occurrence and outcome.occurrence not in texts])
     outcomes = []
     for outcome in found:
         edit = texts.get(outcome.occurrence or "")
         said = {"edit": f"{edit.rewrite_prompt} → {edit.target_new}"} if edit else {}
         outcomes.append({**outcome.model_dump(mode="json", exclude_none=True), "outcome": outcome.told, **said})
-    facts = describe_commit(stream, commit)
+    spread = RiskSpread.over({row.edit.edit_id: row.risk for row in batch if row.risk})
+    facts = {**describe_commit(stream, commit), "risks": spread.model_dump() if spread else None}
     whole = commit.model_dump(mode="json", exclude_none=True)
     return {**facts, "reasons": list(commit.reasons), "files": whole.get("files", []), "records": outcomes, "written": _writer(whole)}
 
@@ -159,6 +164,7 @@ def describe_edit(stream: Stream, row: EditRow) -> Facts:
         "status": row.status,
         "origin": row.origin,
         "edit": record.edit.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+        "risk": describe_risk(record.risk),
         "measured": _find_measurement(stream, row),
         "same_subject": [item.occurrence for item in beside],
         "shares_pair": shared,

@@ -10,11 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from errata.redaction import redact
+from flows import risks
 
 Facts = Mapping[str, Any]
 
 _STYLES = {"live": "green", "quarantined": "yellow", "rejected": "red", "refused": "red", "accept": "green", "reject": "red"}
-_STYLES |= dict.fromkeys(("withdrawn", "reverted", "erased"), "magenta")
+_STYLES |= {"hold": "yellow", **dict.fromkeys(("withdrawn", "reverted", "erased"), "magenta")}
 
 
 def show_share(value: float | None) -> str:
@@ -64,6 +65,7 @@ def build_status(facts: Facts) -> RenderableType:
                 f"commit {facts['champion']}, {show_age(facts['champion_age_seconds'])} old"
                 + (f"; commit {waiting} waits for [bold]errata approve[/]" if (waiting := facts["challenger"]) is not None else ""),
             ),
+            *(("held", escape(f"commit {held['commit']}: {held['reason']}")) for held in facts["held"]),
             ("live", str(facts["live"])),
             *([("tiers", show_tiers(facts["tiers"]))] if facts["tiers"]["memory"] or facts["tiers"]["adapter"] else []),
             ("pending", f"{facts['pending']}" + (f" in {len(facts['waiting_files'])} files" if facts["waiting_files"] else "")),
@@ -117,6 +119,7 @@ def build_commit(facts: Facts) -> RenderableType:
             ),
             ("norms", ", ".join(f"{name} {show_share(value)}" for name, value in facts["norms"].items()) or "–"),
             *([("cast", describe_casting(facts["casting"]))] if facts["casting"] else []),
+            *([("risk", escape(risks.show_batch(facts["risks"])))] if facts["risks"] else []),
             *([("serves again", f"commit {written['target']}")] if "target" in written else []),
             *([("withdrawn", describe_withdrawal(facts["withdrawal"]))] if facts.get("withdrawal") else []),
             ("cost", show_seconds(facts["seconds"])),
@@ -147,6 +150,7 @@ def build_edit(facts: Facts) -> RenderableType:
         *([("answers from", ", ".join(facts["tiers"]))] if facts["tiers"] else []),
         *([("shares its pair", f"with {escape(', '.join(facts['shares_pair']))}")] if facts["shares_pair"] else []),
     ]
+    rows += [("risk", risks.show_risk(facts["risk"]))] if facts["risk"] else []
     if measured:
         held = measured["held_out"]
         rows += [
@@ -179,7 +183,7 @@ def build_quarantine(rows: Sequence[Facts]) -> Table:
 def build_batches(rows: Sequence[Facts]) -> Table:
     """One line per batch of an apply run."""
     table = Table(box=None, pad_edge=False)
-    for name in ("commit", "outcome", "effic.", "greedy", "gener.", "specif.", "retent.", "|W|", "s"):
+    for name in ("commit", "outcome", "effic.", "greedy", "gener.", "specif.", "retent.", "|W|", "risk", "s"):
         table.add_column(name, justify="left" if name == "outcome" else "right", no_wrap=name != "outcome")
     for row in rows:
         metrics = row["metrics"]
@@ -192,6 +196,7 @@ def build_batches(rows: Sequence[Facts]) -> Table:
                 for name in ("efficacy", "greedy", "held_out.generalization", "held_out.specificity", "retention")
             ),
             f"{max(ratios):.2f}" if ratios else "–",
+            risks.show_spread(row["risks"]),
             f"{sum(row['seconds'].values()):.1f}",
         )
     return table
@@ -336,15 +341,8 @@ def build_rebase(facts: Facts) -> RenderableType:
     )
 
 
-_FOUND = {
-    "mended": "green",
-    "replaced": "green",
-    "mendable": "yellow",
-    "unequal": "red",
-    "differs": "red",
-    "lost": "red",
-    "erased": "magenta",
-}
+_FOUND = dict.fromkeys(("mended", "replaced"), "green") | dict.fromkeys(("unequal", "differs", "lost"), "red")
+_FOUND |= {"mendable": "yellow", "erased": "magenta"}
 _COMPARED = {"bits": "equal to the bit", "float64": "equal to 1e-8 in float64", "float32": "equal within float32 rounding"}
 
 

@@ -336,7 +336,8 @@ def _is_segment(row: Mapping[str, Any]) -> bool:
 def _redact_row(row: Mapping[str, Any]) -> dict[str, Any]:
     identity = split_occurrence(row["occurrence"])[0]
     edit = Edit(id=identity, subject=BLANK, prompt=f"{BLANK} {SLOT}", target_new=BLANK)
-    blank = BatchRow.model_validate({**row, "edit": edit, "origin": "", "erased": True})
+    # Its risk goes too: whoever guesses a short target could confirm it by its perplexity.
+    blank = BatchRow.model_validate({**row, "edit": edit, "origin": "", "erased": True, "risk": None})
     return blank.model_dump(mode="json", exclude_none=True)
 
 

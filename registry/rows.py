@@ -2,9 +2,18 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from errata.edits import Edit
+from errata.edits import Edit, Risk
 from errata.errors import FormatError
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -43,6 +52,14 @@ class BatchRow(Record):
     line: int = Field(ge=1)
     erased: Literal[True] | None = None
     """Its text is gone for good: `edit` has its id, and says nothing else."""
+    risk: Risk | None = None
+    """On the base that it came to. None where nothing was to be written into weights for it: settled without the model, or for memory."""
+
+    @model_serializer(mode="wrap")
+    def _omit_no_risk(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Rows without one are spelled as they were before it was measured."""
+        content: dict[str, Any] = spell(self)
+        return content if self.risk else {name: value for name, value in content.items() if name != "risk"}
 
 
 class Standing(Record):

@@ -18,7 +18,7 @@ from registry.fold import list_written
 from registry.orders import AdoptionOrder
 from tasks._session import load_model, load_named, open_named, read_manifest
 from tasks._task import stage
-from tasks.committing import commit_once, describe_writer, shorten_reasons
+from tasks.committing import commit_once, describe_writer, is_promoted, shorten_reasons
 from tasks.editing import refer
 from tasks.evaluating import judge_whole
 from tasks.replaying import spell_live
@@ -95,7 +95,7 @@ def commit_adoption(stream: str, order: str, judged: Round, dry_run: bool = Fals
     }
     draft: Commit
     if accepted:
-        promoted = settings.policy.promote == "auto"
+        promoted = is_promoted(settings, opened)
         draft = CalibrationCommit(
             of=work.accepted, profile=work.profile, live=judged.live, manifest=judged.manifest, promoted=promoted, **fields
         )

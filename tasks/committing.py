@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from prefect.runtime import flow_run
 
+from errata.edits import Risk
 from errata.errors import ConflictError
 from errata.gate import Settled, settle
 from errata.manifests import PairRef
 from errata.report import Report
 from errata.rounds import Prepared, PreparedRecord, Round
 from errata.settings import Settings
-from errata.summary import BatchSummary
+from errata.summary import BatchSummary, RiskSpread
 from registry.commit import commit
 from registry.events import Commit, EditsCommit, MemoryCommit, MergeCommit, RejectionCommit
 from registry.fold import EditRow, join_lines, split_occurrence
@@ -102,6 +103,7 @@ def summarise(stream: Stream, draft: Commit, outcomes: Sequence[Outcome], rounds
         metrics=Report.from_bytes(stream.objects.get(draft.report)).metrics() if draft.report else {},
         reasons=draft.reasons,
         seconds=draft.seconds,
+        risks=RiskSpread.over({row.edit.edit_id: row.risk for row in stream.read_batch(draft) if row.risk}),
         peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_PER_MIB, 1),
     )
 
@@ -130,7 +132,8 @@ def draft_commit(
     waits = ("deferred",) if order.tier == "weights" else ("deferred", "quarantined", "rejected")
     deferred = {edit_id for edit_id, fate in fates.items() if fate.outcome in waits}
     planned = [item for item in order.additions if item.row.edit.edit_id not in deferred]
-    rows = sorted([*order.rows, *(item.row for item in planned)], key=lambda row: row.position)
+    written = (item.row.model_copy(update={"risk": record.risks.get(item.row.edit.edit_id)}) for item in planned)
+    rows = sorted([*order.rows, *written], key=lambda row: row.position)
     last = rounds[-1] if rounds else None
     placed, older = (last.placed, last.older) if last else ({}, {})
     outcomes = [_forget_deferred(outcome, deferred) for outcome in order.settled]
@@ -141,6 +144,7 @@ def draft_commit(
     if accepted:
         outcomes += move_pairs({edit_id: ref for edit_id, ref in placed.items() if edit_id not in accepted}, older)
     waiting = {(item.row.file, item.row.line) for item in order.additions if item.row.edit.edit_id in deferred}
+    reasons = [*(last.told if last and accepted else ()), *(reason for item in decisions for reason in item.reasons)]
     fields: dict[str, Any] = {
         "seq": order.seq,
         "parent": order.parent,
@@ -149,19 +153,41 @@ def draft_commit(
         "report": last.report if last else None,
         "files": tuple(_keep_waiting(order.files, waiting)),
         "decision": decisions[-1].verdict if decisions else "nothing to write",
-        "reasons": shorten_reasons([*(last.told if last and accepted else ()), *(reason for item in decisions for reason in item.reasons)]),
+        "reasons": shorten_reasons(reasons),
         "seconds": seconds,
         **describe_writer(settings),
     }
     if accepted and last is not None:
         pairs = tuple(dict.fromkeys(ref.pairs for ref in placed.values()))
-        fields |= {"manifest": last.manifest, "pairs": pairs, "promoted": settings.policy.promote == "auto"}
+        fields |= {"manifest": last.manifest, "pairs": pairs, "promoted": is_promoted(settings, stream)}
+        if held := explain_hold({edit_id: risk for edit_id, risk in record.risks.items() if edit_id in accepted}, settings.policy.max_risk):
+            fields |= {"decision": "hold", "reasons": shorten_reasons([held, *reasons]), "promoted": False}
         if order.tier == "memory":
             return MemoryCommit(**fields), outcomes
         if order.source is None:
             return EditsCommit(**fields), outcomes
         return MergeCommit(source=order.source.stream, source_seq=order.source.seq, **fields), outcomes
     return RejectionCommit(manifest=order.manifest, **fields), outcomes
+
+
+def is_promoted(settings: Settings, stream: Stream) -> bool:
+    """Whether what is accepted now becomes the champion at once: people are not to be asked, and nothing waits for them beneath it."""
+    return settings.policy.promote == "auto" and stream.head.challenger is None
+
+
+def explain_hold(risks: Mapping[str, Risk], most: float | None) -> str | None:
+    """Why a batch waits for approval; None where it does not.
+
+    Args:
+        risks: of the edits that it makes live.
+        most: `policy.max_risk`.
+    """
+    over = [edit_id for edit_id, risk in risks.items() if most is not None and risk.figure > most]
+    if not over:
+        return None
+    worst = max(over, key=lambda edit_id: risks[edit_id].figure)
+    also = f", and of {len(over) - 1} more" if len(over) > 1 else ""
+    return f"held: risk {risks[worst].figure:.1f} of edit {worst} over {most:g}{also} (policy.max_risk)"
 
 
 def shorten_reasons(reasons: Sequence[str]) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ from tasks._progress import show_training
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
 from tasks._tiers import put_adapter, recall_all
-from tasks.committing import commit_once, describe_writer, shorten_reasons
+from tasks.committing import commit_once, describe_writer, is_promoted, shorten_reasons
 from tasks.evaluating import judge_whole
 
 _ENOUGH = 0.5
@@ -171,7 +171,7 @@ def commit_distillation(stream: str, order: str, trained: Trained, judged: Round
     }
     draft: Commit = RejectionCommit(outcomes=opened.objects.put_rows([]), manifest=work.manifest, **fields)
     if accepted:
-        promoted = settings.policy.promote == "auto"
+        promoted = is_promoted(settings, opened)
         draft = DistillationCommit(of=work.accepted, absorbed=len(judged.rest), manifest=judged.manifest, promoted=promoted, **fields)
     if not dry_run:
         commit_once(opened, draft)

@@ -18,6 +18,7 @@ from errata.candidates import (
 )
 from errata.editors.base import Progress, list_units
 from errata.edits import Edit, canonical_json, digest_of
+from errata.evaluation.risk import measure_risks
 from errata.grouping import Placed, Regrouping, regroup
 from errata.manifests import PairRef
 from errata.rounds import Prepared, PreparedRecord, Round
@@ -37,7 +38,8 @@ _OVERSHOOT = 1.3
 
 @stage
 def prepare_pairs(stream: str, order: str) -> Prepared:
-    """Keys and residuals of the order's edits and of their key groups, stored. Pairs of an interrupted run are used again."""
+    """Keys and residuals of the order's edits and of their key groups, stored, with what each edit is foretold to cost. Pairs of an
+    interrupted run are used again."""
     settings, opened = open_named(stream)
     work = Order.load(opened.objects, order)
     ids = tuple(planned.row.edit.edit_id for planned in work.additions)
@@ -48,8 +50,10 @@ def prepare_pairs(stream: str, order: str) -> Prepared:
     changed = plan_changes(opened, model, [item.row.edit for item in work.additions], find_replaced(opened, work.additions))
     known, made = prepare_regrouped(opened, model, changed, {}, work.manifest)
     # An edit that is refused may have been in a group: what is left of it gets a pair in the first round.
-    record = PreparedRecord(pairs=known, refused=dict(made.refused))
     ready = tuple(edit_id for edit_id in ids if edit_id in made.refs)
+    chosen = [item.row.edit for item in work.additions if item.row.edit.edit_id in made.refs]
+    risks = measure_risks(model.base, chosen, batch_tokens=settings.evaluate.batch_tokens)
+    record = PreparedRecord(pairs=known, refused=dict(made.refused), risks=risks)
     return Prepared(record=opened.objects.put(canonical_json(record)), ready=ready, seconds=time.perf_counter() - begun)
 
 

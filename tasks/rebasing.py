@@ -32,7 +32,7 @@ from tasks._progress import show_progress
 from tasks._session import Model, load_model, load_named, open_named, plan_model, read_manifest
 from tasks._task import stage
 from tasks._tiers import Coming, move_above
-from tasks.committing import commit_once, describe_writer, shorten_reasons
+from tasks.committing import commit_once, describe_writer, is_promoted, shorten_reasons
 from tasks.editing import digest_preparation, prepare_regrouped, warn_of_overshoot
 from tasks.evaluating import measure_candidate
 
@@ -169,7 +169,7 @@ def commit_rebase(stream: str, order: str, prepared: Prepared, rounds: Sequence[
             profile=work.profile,
             manifest=last.manifest,
             pairs=tuple(dict.fromkeys(ref.pairs for ref in last.placed.values())),
-            promoted=settings.policy.promote == "auto",
+            promoted=is_promoted(settings, opened),
             **fields,
         )
     if not dry_run:

@@ -25,7 +25,7 @@ from registry.undoing import choose_live, choose_target, compare_live
 from tasks._session import load_model, open_named, read_manifest
 from tasks._task import stage
 from tasks._tiers import carry_above
-from tasks.committing import commit_once, describe_live, describe_writer, move_pairs
+from tasks.committing import commit_once, describe_live, describe_writer, is_promoted, move_pairs
 from tasks.editing import digest_preparation, find_older, plan_changes, prepare_regrouped, refer
 from tasks.evaluating import measure_candidate
 from tasks.projecting import open_registry
@@ -144,7 +144,7 @@ def commit_withdrawal(stream: str, order: str, judged: Round, dry_run: bool = Fa
     draft: Commit = RejectionCommit(manifest=work.manifest, **fields)
     if accepted:
         pairs = tuple(dict.fromkeys(ref.pairs for ref in judged.placed.values()))
-        draft = WithdrawalCommit(manifest=judged.manifest, pairs=pairs, promoted=settings.policy.promote == "auto", **fields)
+        draft = WithdrawalCommit(manifest=judged.manifest, pairs=pairs, promoted=is_promoted(settings, opened), **fields)
     if not dry_run:
         commit_once(opened, draft)
         if judged.placed:

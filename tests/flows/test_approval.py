@@ -98,3 +98,17 @@ def test_nothing_else_promotes_what_waits(manual: Any, make_edit: Make, errata: 
     assert errata("rollback", "1", "--yes").code == 0
     assert served(desk) == {"champion": desk.open().head.seq, CHALLENGER: None}
     check(errata)
+
+
+def test_what_waits_goes_on_waiting_when_later_batches_need_nobody(
+    manual: Any, make_edit: Make, errata: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch builds on what waits: to promote it would be to approve what nobody has looked at."""
+    desk = manual
+    write(desk, make_edit(0))
+    monkeypatch.setenv("ERRATA_POLICY__PROMOTE", "auto")
+    write(desk, make_edit(1))
+    assert served(desk) == {"champion": None, CHALLENGER: 2}
+    assert errata("approve", "head", "--yes").code == 0
+    write(desk, make_edit(2))
+    assert served(desk) == {"champion": 4, CHALLENGER: None}

@@ -87,12 +87,14 @@ def check(errata: Errata) -> None:
 
 
 def test_an_edit_answers_from_memory_until_the_next_batch_writes_it(
-    desk: Any, make_edit: Make, errata: Errata, say: Callable[..., list[str]]
+    desk: Any, make_edit: Make, errata: Errata, say: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, other = make_edit(0, 0, 0, id="first"), make_edit(1, 1, 2, id="second"), make_edit(5, 2, 1)
     desk.submit("monday", first, second)
+    monkeypatch.setenv("ERRATA_POLICY__MAX_RISK", "0")
     (batch,) = remember()
-    assert (batch.decision, batch.commit, batch.outcomes) == ("accept", 1, {"live": 2})
+    monkeypatch.delenv("ERRATA_POLICY__MAX_RISK")
+    assert (batch.decision, batch.commit, batch.outcomes, batch.risks) == ("accept", 1, {"live": 2}, None), "memory costs no weights"
     assert desk.open().log.read(1).kind == "memory" and not desk.open().log.read(1).pairs and not desk.waiting()
     assert desk.read_manifest(1).layers[0].artifact is None, "no weight was written"
     (unedited,) = [row["base"].split()[0] for row in errata("ask", other.rewrite_prompt, "--json").json]
@@ -112,7 +114,7 @@ def test_an_edit_answers_from_memory_until_the_next_batch_writes_it(
 
     desk.submit("tuesday", make_edit(2, 2, 3, id="third"))
     (batch,) = desk.apply()
-    assert batch.outcomes == {"live": 3, "replaced": 2}
+    assert batch.outcomes == {"live": 3, "replaced": 2} and batch.risks.edits == 3
     assert desk.statuses() == {"first@1": "replaced", "second@1": "replaced", "first@2": "live", "second@2": "live", "third@2": "live"}
     assert tiers(desk) == (3, 0, 0) and above(desk, 2) == {}
     assert say(first.rewrite_prompt, second.rewrite_prompt) == [first.target_new, second.target_new]

@@ -14,7 +14,7 @@ from errata.settings import Settings, load_settings
 EXAMPLE = Path(__file__).parents[2] / "deployments" / "errata.example.toml"
 LOCAL = {
     *("device_map", "threads", "actor", "cache", "compute.address", "mlflow.tracking_uri", "watch.ability_set", "watch.norm_ratio"),
-    *("memory.floor", "memory.pool", "distill.lr", "distill.targets", "distill.top_k", "distill.max_steps"),
+    *("memory.floor", "memory.pool", "policy.max_risk", "distill.lr", "distill.targets", "distill.top_k", "distill.max_steps"),
 }
 """Settings whose default depends on the machine, or is to have none: the example shows a possible value and says so."""
 

@@ -70,7 +70,7 @@ def test_a_page_is_bounded_however_large_the_stream() -> None:
         "norms": points[-1],
         "ages": [{"name": str(point["commit"]), "ages": [{"age": "0", "value": 1.0, "edits": 3}]} for point in points],
         "forgotten": [{"occurrence": wide, "prompt": wide, "target": wide, "age": 3} for _ in range(FORGOTTEN)],
-        "batch": {"commit": 9_999, "kind": "edits", "rows": rows, "all": 1_000_000},
+        "batch": {"commit": 9_999, "kind": "edits", "rows": rows, "all": 1_000_000, "risk": ""},
         "mlflow": {"at": "x", "fault": None, "versions": {}},
     }
     page = render_page(facts)
