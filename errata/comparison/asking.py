@@ -84,6 +84,8 @@ class Sheet:
             raise EditorError("the model is destroyed: no answer of it is finite")
         values["fluency"] = _mean([entropy for entropy in map(measure_entropy, texts) if entropy is not None])
         values["norm_ratio"] = max((norm.mean_abs_ratio for norm in norms if norm.mean_abs_ratio is not None), default=1.0)
+        values["frobenius_ratio"] = max((norm.frobenius_ratio for norm in norms if norm.frobenius_ratio is not None), default=1.0)
+        values["spectral_ratio"] = max((norm.spectral_ratio for norm in norms if norm.spectral_ratio is not None), default=0.0)
         took = {item.position: self._took(scored, item.edit) for item in live}
         each = {item.position: self._judge(scored, item.edit) for item in judged}
         for item in said:

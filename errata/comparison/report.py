@@ -28,7 +28,7 @@ MAIN = (
     "perplexity_ratio",
     "norm_ratio",
 )
-FIELD = ("es", "ps", "ns", "em", "pm", "nm", "kl", "fluency")
+FIELD = ("es", "ps", "ns", "em", "pm", "nm", "kl", "fluency", "frobenius_ratio", "spectral_ratio")
 COSTS = ("write_seconds", "build_seconds", "peak_mib", "state_bytes")
 AGES = ("0-9", "10-99", "100-499", "500-on")
 _IMAGE = re.compile(r'src="([^":]+\.png)"')

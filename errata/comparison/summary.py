@@ -9,7 +9,7 @@ import pandas as pd
 
 from errata.comparison.cells import MEASURES, CellResult
 
-ENDED = {"norm_ratio": math.inf, "perplexity_ratio": math.inf, "kl": math.inf}
+ENDED = dict.fromkeys(("norm_ratio", "frobenius_ratio", "spectral_ratio", "perplexity_ratio", "kl"), math.inf)
 """What a model that was destroyed counts as having at stops that it did not reach; 0 of everything else that counts answers."""
 _COSTS = ("write_seconds", "build_seconds", "peak_mib", "state_bytes", "fluency")
 
