@@ -95,13 +95,13 @@ def start_paper_mike(bench: Bench) -> InContext:
     return InContext(bench, EditMemory(bench.base.digest, MemoryOptions(scope="paper")))
 
 
-_MIKE = "MIKE (DistillMIKE: acl.py, encode_facts.py; algorithms.md §2)"
+_MIKE = "MIKE (JoveReCode/DistillMIKE: acl.py, encode_facts.py; algorithms.md §2)"
 
 CONTEXT_RECIPES = (
     Recipe(
         name="ike",
         title="IKE",
-        source="Can we edit factual knowledge by in-context learning?, EMNLP 2023 (Zce1112zslx/IKE: icl.py; zjunlp/EasyEdit: ike)",
+        source="Can we edit factual knowledge by in-context learning?, EMNLP 2023 (Zce1112zslx/IKE; zjunlp/EasyEdit; algorithms.md §2.4)",
         build=start_ike,
         differs="the fact is found by the sentence encoder, where the published test hands over the right one (an oracle); demonstrations "
         "are MIKE's twelve, nearest last, where IKE mixes 4 copies, 12 updates and 16 retained facts; it is put before every question, as "
