@@ -56,6 +56,9 @@ def test_every_edit_that_is_to_be_written_has_its_risk(
     assert batch["median"] == pytest.approx((figures[1] + figures[2]) / 2)
     assert f"{batch['median']:.1f} / {batch['worst']:.1f} nats" in errata("show", "2").out
     assert errata("show", "0", "--json").json["risks"] is None, "nothing was written"
+    page = used_desk.root.parent / "report.html"
+    assert errata("report", "--to", str(page)).code == 0
+    assert f"Risk: {batch['median']:.1f} / {batch['worst']:.1f} nats" in page.read_text()
 
 
 def test_a_retry_measures_anew_and_an_erasure_forgets(used_desk: Any, make_edit: Make, errata: Callable[..., Any]) -> None:
