@@ -110,6 +110,8 @@ class CellResult(_Record):
     cell: Cell
     fault: str = ""
     """Why it ended early; empty where it did not."""
+    unsuited: bool = False
+    """Whether it ended because the method can do nothing with this base."""
     written: int
     points: tuple[Point, ...]
     rows: tuple[EditRow, ...] = Field(repr=False)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from errata.comparison.contextual import InContext, start_mike
-from errata.comparison.method import SPLIT_SEED, Bench, Recipe
+from errata.comparison.method import SPLIT_SEED, Bench, Recipe, UnsuitedError
 from errata.comparison.streams import EditorStream, start_d4s
 from errata.distill_options import DistillOptions
 from errata.distillation.distil import distil_lessons
@@ -12,7 +12,6 @@ from errata.distillation.lessons import draw_lessons
 from errata.editors.artifacts import Artifact
 from errata.editors.memory import EditMemory
 from errata.edits import Edit
-from errata.errors import EditorError
 from errata.evaluation.answered import find_answered
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
@@ -46,7 +45,7 @@ class Distillation:
         """See `Method.build_artifacts`. Only edits that memory answers are taught, as in a stream: it would teach the opposite of others.
 
         Raises:
-            EditorError: memory answers hardly any.
+            UnsuitedError: memory answers hardly any.
         """
         base, beneath, live = self._bench.base, self._stream.build_artifacts(), self._memory.live
         if not live:
@@ -54,7 +53,7 @@ class Distillation:
         with attach(base, self._memory.build_artifacts()):
             taught = find_answered(base, live, self._bench.batch_tokens)
         if len(taught) < LEAST * len(live):
-            raise EditorError(
+            raise UnsuitedError(
                 f"distillmike: memory answers {len(taught)} of {len(live)} edits: a base that does not read its context teaches nothing; "
                 "choose one that does (builtin-contextual)"
             )

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from errata.editors.d4s.moments import Moments
 from errata.edits import Edit
+from errata.errors import EditorError
 from errata.modeling.loading import Base
 from errata.modeling.patch import Attachable
 from errata.profiles import NeuronProfile, Profile
@@ -38,6 +39,10 @@ class Bench:
     """Padded tokens that are scored or generated at once."""
 
 
+class UnsuitedError(EditorError):
+    """The method cannot do anything with this base: no result, not even a bad one."""
+
+
 class Method(Protocol):
     """One way to make a model say something else, over the length of one stream."""
 
@@ -50,12 +55,17 @@ class Method(Protocol):
         """Take in the next batch. An edit of a slot that an earlier one had replaces it, as far as the method can do that.
 
         Raises:
-            ErrataError: it cannot be written; the comparison says so and ends this run.
+            EditorError: it cannot be written; the comparison says so and ends this run.
         """
         ...
 
     def build_artifacts(self) -> Sequence[Attachable]:
-        """What makes the base the edited model, after all that was written so far. Called at checkpoints only."""
+        """What makes the base the edited model, after all that was written so far. Called at checkpoints only.
+
+        Raises:
+            EditorError: as `write`.
+            UnsuitedError: the base lacks what the method lives on.
+        """
         ...
 
     def count_bytes(self) -> int:

@@ -168,7 +168,7 @@ def _spell_faults(comparison: Comparison, batch: int) -> str:
 
 def _mark_ended(comparison: Comparison, method: str, batch: int) -> str:
     found = [comparison.find(method, batch, seed) for seed in comparison.seeds]
-    ended = [item for item in found if item is not None and item.fault]
+    ended = [item for item in found if item is not None and item.fault and not item.unsuited]
     return f" († {len(ended)} of {len(found)} ended early)" if ended else ""
 
 

@@ -14,7 +14,7 @@ import torch
 
 from errata.comparison.asking import Sheet
 from errata.comparison.cells import Cell, CellResult, EditRow, Point, list_stops
-from errata.comparison.method import Bench, Recipe
+from errata.comparison.method import Bench, Recipe, UnsuitedError
 from errata.edits import Edit
 from errata.errors import ErrataError
 
@@ -31,7 +31,7 @@ def run_cell(bench: Bench, recipe: Recipe, edits: Sequence[Edit], cell: Cell, sh
     stops = list_stops(len(edits), cell.batch)
     points: list[Point] = []
     rows: list[EditRow] = []
-    written, fault = 0, ""
+    written, fault, unsuited = 0, "", False
     refused: dict[str, str] = {}
     meter = _Meter(bench.base.device)
     try:
@@ -52,11 +52,12 @@ def run_cell(bench: Bench, recipe: Recipe, edits: Sequence[Edit], cell: Cell, sh
                 points.append(point.model_copy(update={"values": {**point.values, **costs}}))
                 rows += found
     except (ErrataError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        fault = f"after {written:,} edits: {error}"
+        fault, unsuited = f"after {written:,} edits: {error}", isinstance(error, UnsuitedError)
         tell(len(edits) - written)
     return CellResult(
         cell=cell,
         fault=fault,
+        unsuited=unsuited,
         written=written,
         points=tuple(points),
         rows=tuple(rows),

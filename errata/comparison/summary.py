@@ -59,7 +59,7 @@ class Comparison:
         point = next((item for item in result.points if item.edits == stop), None)
         if point is not None:
             return point.values.get(measure)
-        if result.fault and measure not in _COSTS and stop > result.written - result.cell.batch:
+        if result.fault and not result.unsuited and measure not in _COSTS and stop > result.written - result.cell.batch:
             return ENDED.get(measure, 0.0)
         return None
 

@@ -11,8 +11,9 @@ from errata.comparison.asking import Sheet
 from errata.comparison.catalogue import BASE
 from errata.comparison.cells import Cell, CellResult, Scope, list_cells, list_stops, name_age, name_cell
 from errata.comparison.material import Material
-from errata.comparison.method import Bench, Recipe
+from errata.comparison.method import Bench, Recipe, UnsuitedError
 from errata.comparison.running import run_cell
+from errata.comparison.summary import Comparison
 from errata.editors.d4s.moments import collect_moments
 from errata.edits import Edit
 from errata.errors import EditorError
@@ -102,6 +103,17 @@ def test_what_ends_a_method_is_a_result(bench: Bench, sheet: Sheet) -> None:
     assert result.written == 3
     assert [point.edits for point in result.points] == [3]
     assert sum(told) == len(EDITS), "the bar ends where it would have"
+
+
+def test_what_a_base_is_not_fit_for_is_no_result(bench: Bench, sheet: Sheet) -> None:
+    class Unsuited(Recorder):
+        def build_artifacts(self) -> Sequence[Attachable]:
+            raise UnsuitedError("this base does not read")
+
+    result, _ = run(bench, sheet, Unsuited())
+    assert result.unsuited and result.fault == "after 3 edits: this base does not read"
+    comparison = Comparison([result], {"recorder": "recorder"}, [])
+    assert comparison.gather("recorder", 3, None, "efficacy") == []
 
 
 def test_the_base_is_a_method_that_writes_nothing(bench: Bench, sheet: Sheet) -> None:
