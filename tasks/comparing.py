@@ -29,6 +29,7 @@ from errata.distillation.teacher import write_whole
 from errata.editors.d4s.moments import Moments
 from errata.edits import Edit, Submission, canonical_json, digest_of
 from errata.errors import InputError, TokenizationError
+from errata.evaluation.risk import measure_risks
 from errata.modeling.loading import Base
 from errata.modeling.tokens import can_write, encode_prompt, encode_target, locate_subject
 from errata.profiles import NeuronProfile, Profile, parse_profile
@@ -131,8 +132,9 @@ def compare_methods(settings: Settings, request: Request) -> Compared:
     threads = settings.threads or max((os.cpu_count() or 1) // request.jobs, 1)
     order = Order(settings, scope, folder, threads)
     _measure_cells(order, missing, {seed: material.digest for seed, material in materials.items()}, request)
+    risks = {seed: _measure_risks(settings, found.base, material) for seed, material in materials.items()}
     results = [CellResult.model_validate_json(paths[cell].read_bytes()) for cell in cells]
-    comparison = Comparison(results, {name: recipe.title for name, recipe in RECIPES.items()}, list_once(request.batches))
+    comparison = Comparison(results, {name: recipe.title for name, recipe in RECIPES.items()}, list_once(request.batches), risks)
     return Compared(comparison, scope, materials, len(missing), _show_runs(settings, scope, results))
 
 
@@ -277,6 +279,12 @@ def _fits(base: Base, edit: Edit) -> bool:
     if edit.target_true and not can_write(base.tokenizer, edit.target_true):
         return False
     return len(encode_prompt(base.tokenizer, edit.rewrite_prompt)) + len(target) <= base.context // 2
+
+
+def _measure_risks(settings: Settings, base: Base, material: Material) -> dict[str, float]:
+    """Edit id → risk under the base."""
+    measured = measure_risks(base, material.edits, batch_tokens=settings.evaluate.batch_tokens)
+    return {name: risk.figure for name, risk in measured.items()}
 
 
 def _show_runs(settings: Settings, scope: Scope, results: Sequence[CellResult]) -> str:

@@ -146,9 +146,27 @@ def _spell_batch(comparison: Comparison, batch: int) -> list[str]:
         *courses,
         "**Retention by age**: efficacy after the last edit of those that so many came after",
         _spell_rows(["method", *ages], aged),
+        *_spell_risks(comparison, batch),
         "**Cost**",
         spell_table(comparison, batch, COSTS),
         _spell_faults(comparison, batch),
+    ]
+
+
+def _spell_risks(comparison: Comparison, batch: int) -> list[str]:
+    """The quarter of edits with the least risk beside that with the most."""
+    measures = ("efficacy", "generalization", "specificity")
+    rows = []
+    for method in comparison.methods:
+        pairs = [(comparison.gather_risk(method, batch, quarter, name), name) for name in measures for quarter in (0, 3)]
+        if any(values for values, _ in pairs):
+            rows.append([comparison.titles[method], *(spell_spread(values, name) for values, name in pairs)])
+    if not rows:
+        return []
+    titles = [f"{MEASURES[name].title}, {which} risk" for name in measures for which in ("least", "most")]
+    return [
+        "**By risk**: the quarter of edits whose targets surprise the base least (tokens · ln perplexity), and the quarter that do most",
+        _spell_rows(["method", *titles], rows),
     ]
 
 

@@ -1,7 +1,7 @@
 """What many cells say together: tidy tables of raw numbers, and means with their spread over seeds."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from statistics import fmean
 
@@ -20,10 +20,13 @@ class Comparison:
     Args:
         titles: method → how tables call it, in their order.
         once: methods that were measured with one size of batches: they stand in every table.
+        risks: seed → edit id → its risk under the base (`errata.edits.Risk.figure`).
     """
 
-    def __init__(self, results: Sequence[CellResult], titles: dict[str, str], once: Collection[str]) -> None:
-        self.results, self.titles, self._once = tuple(results), titles, set(once)
+    def __init__(
+        self, results: Sequence[CellResult], titles: dict[str, str], once: Collection[str], risks: Mapping[int, Mapping[str, float]]
+    ) -> None:
+        self.results, self.titles, self._once, self._risks = tuple(results), titles, set(once), risks
 
     @cached_property
     def batches(self) -> list[int]:
@@ -74,6 +77,33 @@ class Comparison:
         points = [item.points[-1] for item in found if item and item.points and not item.fault]
         return [point.ages[age] for point in points if age in point.ages]
 
+    def gather_risk(self, method: str, batch: int, quarter: int, measure: str) -> list[float]:
+        """One number per seed: a measure of `EditRow` at the end of the stream, over the edits in one quarter by risk.
+
+        Args:
+            quarter: from 0, that of the least.
+        """
+        found = []
+        for seed in self.seeds:
+            result = self.find(method, batch, seed)
+            if result is None or result.fault:
+                continue
+            ranked = sorted(self._risks.get(seed, {}).values())
+            if not ranked:
+                continue
+            low, high = (ranked[min(round(place * len(ranked) / 4), len(ranked) - 1)] for place in (quarter, quarter + 1))
+            last = [row for row in result.rows if row.edits == result.written]
+            values = [
+                getattr(row, measure)
+                for row in last
+                if row.edit in self._risks[seed]
+                and low <= self._risks[seed][row.edit]
+                and (quarter == 3 or self._risks[seed][row.edit] < high)
+            ]
+            known = [value for value in values if value is not None]
+            found += [fmean(known)] if known else []
+        return found
+
     def tabulate_points(self) -> pd.DataFrame:
         """One row per number: method, batch, seed, edits, measure, value."""
         rows = [
@@ -87,8 +117,12 @@ class Comparison:
     def tabulate_edits(self) -> pd.DataFrame:
         """One row per live edit at a stop."""
         columns = ["method", "batch", "seed", "edits", "edit", "position", "efficacy", "generalization", "specificity", "said"]
-        rows = [(*_key(item), *(getattr(row, name) for name in columns[3:])) for item in self.results for row in item.rows]
-        return pd.DataFrame(rows, columns=columns)
+        rows = [
+            (*_key(item), *(getattr(row, name) for name in columns[3:]), self._risks.get(item.cell.seed, {}).get(row.edit))
+            for item in self.results
+            for row in item.rows
+        ]
+        return pd.DataFrame(rows, columns=[*columns, "risk"])
 
 
 def spell_spread(values: Iterable[float], measure: str) -> str:

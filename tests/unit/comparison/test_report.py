@@ -27,7 +27,7 @@ def make_cell(method: str, seed: int, courses: dict[int, dict[str, float | None]
 
 def compare(*cells: CellResult) -> Comparison:
     titles = {name: name.upper() for name in ("base", "d4s", "memit", "rome", "grace")}
-    return Comparison(cells, titles, ["base"])
+    return Comparison(cells, titles, ["base"], {0: {"e": 3.0}})
 
 
 def judge(comparison: Comparison, text: str) -> dict[int, bool]:
@@ -73,6 +73,14 @@ def test_the_base_stands_in_every_table() -> None:
     comparison = compare(make_cell("base", 0, {100: {"ability": 0.9}}, batch=10), make_cell("d4s", 0, {100: {"ability": 0.88}}))
     assert comparison.gather("base", 1, 100, "ability") == [0.9]
     assert judge(comparison, "D4S leaves abilities as they were (− .05)") == {0: True}
+
+
+def test_edits_are_told_apart_by_risk() -> None:
+    result = make_cell("d4s", 0, {4: {"efficacy": 0.5}})
+    rows = tuple(EditRow(edits=4, edit=name, position=place, efficacy=float(place < 2)) for place, name in enumerate("abcd"))
+    comparison = Comparison([result.model_copy(update={"rows": rows})], {"d4s": "D4S"}, [], {0: {"a": 1.0, "b": 2.0, "c": 8.0, "d": 9.0}})
+    assert [comparison.gather_risk("d4s", 1, quarter, "efficacy") for quarter in range(4)] == [[1.0], [1.0], [0.0], [0.0]]
+    assert comparison.tabulate_edits().risk.tolist() == [1.0, 2.0, 8.0, 9.0]
 
 
 def test_every_claim_is_asked_for_by_a_text_of_its_own() -> None:

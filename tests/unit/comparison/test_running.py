@@ -112,7 +112,7 @@ def test_what_a_base_is_not_fit_for_is_no_result(bench: Bench, sheet: Sheet) -> 
 
     result, _ = run(bench, sheet, Unsuited())
     assert result.unsuited and result.fault == "after 3 edits: this base does not read"
-    comparison = Comparison([result], {"recorder": "recorder"}, [])
+    comparison = Comparison([result], {"recorder": "recorder"}, [], {})
     assert comparison.gather("recorder", 3, None, "efficacy") == []
 
 
