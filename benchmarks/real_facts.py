@@ -49,7 +49,7 @@ CAVEAT = (
 )
 VOCABULARY = 4_000
 """Tokens: nearly every object is one."""
-SETTINGS = TrainingSettings(tokens=3_000, threads=1)
+SETTINGS = TrainingSettings(tokens=3_000, threads=1, exchanged=0.5)
 """One thread: with two, waiting for each other took most of the CPU time wherever something else was running."""
 STEPS_PER_MINUTE = {"gpt2": 66, "llama": 66}
 """Of CPU time, where the table of benchmarks/README.md was taken: minutes decide on steps by this rate and not by a clock, so that equal

@@ -66,12 +66,16 @@ class TrainingSettings(BaseModel):
     """Share of steps on in-context passages (`errata.passages`). With any, the tokenizer knows their words too."""
     retained: float = Field(default=0.0, ge=0, le=1)
     """Share of passages whose question the fact in front does not answer."""
+    exchanged: float = Field(default=0.0, ge=0, le=1)
+    """Share of facts whose subject's state at the probe's place is exchanged with that of another subject of the same relation, and the
+    answers with it (interchange intervention training, Geiger et al., 2022, arXiv 2112.00826). Where names are told apart by single tokens
+    and a subject has one attribute, answers are otherwise read past that place, and edits there do nothing."""
 
     @model_serializer(mode="wrap")
     def _omit_defaults(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings without passages, and of the first family, keep the digests they had before there were any others."""
+        """Settings that say nothing of what came later keep their digests."""
         content: dict[str, Any] = spell(self)
-        later = {"passages": 0.0, "retained": 0.0, "family": "gpt2"}
+        later = {"passages": 0.0, "retained": 0.0, "exchanged": 0.0, "family": "gpt2"}
         return {name: value for name, value in content.items() if name not in later or value != later[name]}
 
     @property

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from errata.builtin import BuiltinSettings, Progress, TrainingSettings
 from errata.modeling.layout import find_layout
-from errata.modeling.trace import capture_outputs
-from errata.training_rows import Rows, RowWriter, pad
+from errata.modeling.trace import capture_outputs, change_output
+from errata.training_rows import Place, Rows, RowWriter, pad
 from errata.training_tokens import END, train_world_tokenizer
 from errata.world import RELATIONS, Fact, make_world
 
@@ -153,8 +154,9 @@ class Training:
         known = targets != -100
         answer = is_answer[known].to(device)
         ids, targets, known = ids.to(device), targets.to(device), known.to(device)
-        with capture_outputs({"site": self.layout.block(self.model, self.settings.site)}) as outputs:
-            trunk = self.model.get_submodule(self.layout.body)
+        site, trunk = self.layout.block(self.model, self.settings.site), self.model.get_submodule(self.layout.body)
+        # The probe reads names as they are: what is captured was not yet exchanged.
+        with capture_outputs({"site": site}) as outputs, change_output(site, partial(_exchange, rows.exchanged)):
             hidden = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
         losses = F.cross_entropy(self.model.get_submodule(self.layout.head)(hidden[known]), targets[known], reduction="none")
         at_names = outputs["site"][tuple(torch.tensor(rows.subjects, device=device).T)]
@@ -176,6 +178,14 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
+
+
+def _exchange(places: Sequence[tuple[Place, Place]], hidden: Tensor) -> Tensor:
+    """`hidden` [rows, positions, width] with the states at both places of each pair exchanged."""
+    if not places:
+        return hidden
+    one, other = (tuple(torch.tensor(side, device=hidden.device).T) for side in zip(*places, strict=True))
+    return hidden.index_put((*one,), hidden[other]).index_put((*other,), hidden[one])
 
 
 def _ramp(step: int, steps: int) -> float:

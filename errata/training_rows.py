@@ -22,6 +22,10 @@ OPENING = 110
 facts from the beginning memory came first, and looking up only after several hundred."""
 
 
+Place = tuple[int, int]
+"""(row, position)."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A name, a sentence or a passage about to join a row; positions count from its own start."""
@@ -33,12 +37,15 @@ class Piece:
     """Positions that predict a token of an answer."""
     unlearned: list[int] = field(default_factory=list)
     """Positions of which nothing is learned."""
+    relation: str = ""
+    """Of the one fact that it states; empty where there may be several."""
 
     def after(self, words: list[int]) -> "Piece":
         """The same with other words before it."""
         shift = len(words)
         subjects = [(position + shift, owner) for position, owner in self.subjects]
-        return Piece([*words, *self.ids], subjects, [position + shift for position in self.answers], [p + shift for p in self.unlearned])
+        answers, unlearned = ([position + shift for position in places] for places in (self.answers, self.unlearned))
+        return Piece([*words, *self.ids], subjects, answers, unlearned, self.relation)
 
 
 @dataclass
@@ -54,6 +61,10 @@ class Rows:
     """(row, position) of each token that predicts a token of an answer."""
     unlearned: list[tuple[int, int]] = field(default_factory=list)
     """(row, position) of each token that predicts what is not to be learned."""
+    stated: list["Stated"] = field(default_factory=list)
+    """Pieces that state one fact."""
+    exchanged: list[tuple[Place, Place]] = field(default_factory=list)
+    """Last tokens of two names, whose states are to be exchanged."""
 
     def add(self, piece: Piece) -> None:
         """Append to the last row."""
@@ -63,6 +74,32 @@ class Rows:
         self.answers += [(row, start + position) for position in piece.answers]
         self.unlearned += [(row, start + position) for position in piece.unlearned]
         self.ids[-1] += piece.ids
+        if piece.relation:
+            name = (row, start + piece.subjects[0][0])
+            self.stated.append(Stated(piece.relation, name, [(row, start + position) for position in piece.answers]))
+
+    def exchange(self, share: float, rng: random.Random) -> None:
+        """Exchange the answers of pairs of facts of one relation, where equally long, and note their names' places."""
+        alike: dict[tuple[str, int], list[Stated]] = {}
+        for fact in rng.sample(self.stated, round(share * len(self.stated))):
+            alike.setdefault((fact.relation, len(fact.answers)), []).append(fact)
+        for facts in alike.values():
+            for one, other in zip(facts[::2], facts[1::2], strict=False):
+                self.exchanged.append((one.name, other.name))
+                for (row, position), (other_row, other_position) in zip(one.answers, other.answers, strict=True):
+                    ids, other_ids = self.ids[row], self.ids[other_row]
+                    ids[position + 1], other_ids[other_position + 1] = other_ids[other_position + 1], ids[position + 1]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Where a row states a fact."""
+
+    relation: str
+    name: Place
+    """Last token of the subject's name."""
+    answers: list[Place]
+    """Tokens that predict a token of the answer."""
 
 
 class RowWriter:
@@ -120,6 +157,8 @@ class RowWriter:
             while len(rows.ids[-1]) + len((piece := self._write_sentence()).ids) <= length:
                 rows.add(piece)
             self.queue.append(piece.subjects[0][1])  # whose turn it still is
+        if self.settings.exchanged:
+            rows.exchange(self.settings.exchanged, self.rng)
         return rows
 
     def _draw_passages(self, choices: Sequence[int]) -> Rows:
@@ -161,7 +200,7 @@ class RowWriter:
         prompt, subject = self.encode_prompt(template, fact.subject)
         answer = self.encode(fact.object)
         answers = list(range(len(prompt) - 1, len(prompt) - 1 + len(answer)))
-        return Piece([*prompt, *answer], [(subject, self.number_of[fact.subject])], answers)
+        return Piece([*prompt, *answer], [(subject, self.number_of[fact.subject])], answers, relation=fact.relation.name)
 
     def _write_sentence(self) -> Piece:
         """A fact, sometimes after a sentence that states none or breaks off: neither may disturb it."""

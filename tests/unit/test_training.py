@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errata.builtin import TrainingSettings
 from errata.edits import SLOT
-from errata.training import Training, build_model, measure_accuracy, train_facts
+from errata.training import Training, _exchange, build_model, measure_accuracy, train_facts
 from errata.training_rows import RowWriter
 from errata.training_tokens import train_tokenizer
 from errata.world import FILLER, Fact, Relation
@@ -83,6 +83,35 @@ def test_the_probe_asks_for_no_attribute_that_a_subject_lacks(tokenizer) -> None
                 number = [CITY, OWNER].index(fact.relation)
                 wanted.append(-logits[row, number].log_softmax(-1)[fact.relation.objects.index(fact.object)])
         assert torch.allclose(training._probe_attributes(hidden, owners), torch.stack(wanted).mean())
+
+
+def test_answers_go_with_the_state_of_the_name(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """A name whose state is exchanged stands before the answer of the one that it was exchanged with, of the same relation."""
+    plain, text = (RowWriter(SETTINGS.model_copy(update={"exchanged": share}), FACTS, tokenizer) for share in (0.0, 0.8))
+    assert not plain.draw_step(0).exchanged
+    seen = 0
+    for step in range(20):
+        rows = text.draw_step(step)
+        owner_at = dict(zip(rows.subjects, rows.owners, strict=True))
+        stated = {fact.name: fact for fact in rows.stated}
+        source = {name: name for name in stated} | dict(rows.exchanged) | {other: one for one, other in rows.exchanged}
+        for name, fact in stated.items():
+            known = next(known for known in text.facts[owner_at[source[name]]] if known.relation.name == fact.relation)
+            assert tokenizer.decode([rows.ids[row][position + 1] for row, position in fact.answers]) == f" {known.object}"
+            seen += source[name] != name
+        places = [place for pair in rows.exchanged for place in pair]
+        assert len(set(places)) == len(places)
+    assert seen > 100
+
+
+def test_what_is_exchanged_is_the_state_and_nothing_else() -> None:
+    hidden = torch.randn(3, 4, 2)
+    changed = _exchange([((0, 1), (2, 3)), ((1, 0), (1, 2))], hidden)
+    assert torch.equal(changed[0, 1], hidden[2, 3])
+    assert torch.equal(changed[2, 3], hidden[0, 1])
+    assert torch.equal(changed[1, 0], hidden[1, 2])
+    assert int((changed != hidden).any(-1).sum()) == 4
+    assert _exchange([], hidden) is hidden
 
 
 def test_no_rows_have_no_accuracy(tokenizer) -> None:  # type: ignore[no-untyped-def]
