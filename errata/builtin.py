@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -27,11 +27,11 @@ Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is being done)."""
 
 
-class BuiltinSettings(BaseModel):
-    """What a built-in base is made from. Equal settings name the same cached folder.
+class TrainingSettings(BaseModel):
+    """How a base is trained. Equal settings give equal digests.
 
     One device, of training only, makes the model keep a fact where large models do, so that an edit at the subject's last token can
-    change its answers: a linear probe, thrown away afterwards, must read *all* attributes of a person from the residual stream at the
+    change its answers: a linear probe, thrown away afterwards, must read *all* attributes of a subject from the residual stream at the
     name's last token after block `site`. Left to itself, a model this small copies the name to the end of the prompt and looks the
     fact up there.
     """
@@ -40,7 +40,8 @@ class BuiltinSettings(BaseModel):
 
     recipe: int = 1
     """Raised whenever the trainer's code changes what it produces, so that no older folder is taken for it."""
-    world: WorldSettings = WorldSettings()
+    family: Literal["gpt2", "llama"] = "gpt2"
+    """`llama`: gated MLPs, rotary positions, no biases."""
     seed: int = 0
     width: int = 128
     layers: int = 5
@@ -50,7 +51,7 @@ class BuiltinSettings(BaseModel):
     positions: int = 128
     """Longest text, in tokens."""
     site: int = 2
-    """Block after which the probe reads a person's attributes; edits belong at or below it."""
+    """Block after which the probe reads a subject's attributes; edits belong at or below it."""
     steps: int = Field(default=430, ge=1)
     """Optimisation steps."""
     tokens: int = 1_500
@@ -65,17 +66,28 @@ class BuiltinSettings(BaseModel):
     """Share of steps on in-context passages (`errata.passages`). With any, the tokenizer knows their words too."""
     retained: float = Field(default=0.0, ge=0, le=1)
     """Share of passages whose question the fact in front does not answer."""
+    exchanged: float = Field(default=0.0, ge=0, le=1)
+    """Share of facts whose subject's state at the probe's place is exchanged with that of another subject of the same relation, and the
+    answers with it (interchange intervention training, Geiger et al., 2022, arXiv 2112.00826). Where names are told apart by single tokens
+    and a subject has one attribute, answers are otherwise read past that place, and edits there do nothing."""
 
     @model_serializer(mode="wrap")
-    def _omit_passages(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings without passages keep the digests they had before there were any."""
+    def _omit_defaults(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings that say nothing of what came later keep their digests."""
         content: dict[str, Any] = spell(self)
-        return {name: value for name, value in content.items() if value or name not in ("passages", "retained")}
+        later = {"passages": 0.0, "retained": 0.0, "exchanged": 0.0, "family": "gpt2"}
+        return {name: value for name, value in content.items() if name not in later or value != later[name]}
 
     @property
     def digest(self) -> str:
         """Names the cached folder."""
         return digest_of(canonical_json(self.model_dump(mode="json")))[:16]
+
+
+class BuiltinSettings(TrainingSettings):
+    """What a built-in base is made from. Equal settings name the same cached folder."""
+
+    world: WorldSettings = WorldSettings()
 
 
 BUILTIN = BuiltinSettings()
@@ -110,17 +122,24 @@ def ensure_builtin(settings: BuiltinSettings, cache_dir: Path, progress: Progres
     Returns:
         A folder for `transformers.AutoModelForCausalLM.from_pretrained`; `train_report.json` in it holds settings, accuracy and cost.
     """
-    shelf = cache_dir / "builtin"
-    folder = shelf / settings.digest
-    if folder.is_dir():
-        return folder
-    from errata.training import train_builtin  # torch and transformers take seconds to import
 
-    shelf.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{settings.digest}-", dir=shelf))
-    try:
+    def train(draft: Path) -> None:
+        from errata.training import train_builtin  # torch and transformers take seconds to import
+
         report = train_builtin(settings, draft, progress)
         (draft / REPORT_FILE).write_text(json.dumps({"settings": settings.model_dump(mode="json"), **report}, indent=1) + "\n")
+
+    return provide_folder(cache_dir / "builtin" / settings.digest, train)
+
+
+def provide_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`folder`; where there is none, `write` fills another one, which then takes its name."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write(draft)
         draft.chmod(0o755)  # mkdtemp's folders are private
         try:
             draft.rename(folder)

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errata.builtin import BUILTIN, CAVEAT, REPORT_FILE, SMALL, BuiltinSettings, Progress, ensure_builtin
-from errata.training import END, measure_accuracy, train_tokenizer
+from errata.training import measure_accuracy
+from errata.training_tokens import END, train_world_tokenizer
 from errata.world import RELATIONS, WorldSettings, make_world
 
 TINY = SMALL.model_copy(update={"steps": 6, "world": WorldSettings(persons=20)})
@@ -128,14 +129,14 @@ def test_progress_counts_every_step(tmp_path: Path) -> None:
 
 
 def test_every_setting_names_another_folder() -> None:
-    numbers = [name for name in BuiltinSettings.model_fields if name != "world"]
+    numbers = [name for name in BuiltinSettings.model_fields if name not in ("world", "family")]
     changed = [BUILTIN.model_copy(update={name: 2 * getattr(BUILTIN, name) + 1}) for name in numbers]
-    changed.append(BUILTIN.model_copy(update={"world": WorldSettings(seed=1)}))
+    changed += [BUILTIN.model_copy(update=update) for update in ({"world": WorldSettings(seed=1)}, {"family": "llama"})]
     assert len({settings.digest for settings in (BUILTIN, SMALL, *changed)}) == len(changed) + 2
 
 
 def test_names_and_objects_are_one_token_per_word_and_any_text_comes_back() -> None:
-    tokenizer = train_tokenizer()
+    tokenizer = train_world_tokenizer()
     assert tokenizer("Anna Keller").input_ids[0] == END, "the tokenizer itself begins every text"
     for text in (*make_world(BUILTIN.world).persons, *(item for relation in RELATIONS for item in relation.objects)):
         assert len(tokenizer(text, add_special_tokens=False).input_ids) == len(text.split())
@@ -144,7 +145,7 @@ def test_names_and_objects_are_one_token_per_word_and_any_text_comes_back() -> N
 
 
 def test_a_saved_tokenizer_reads_as_the_trained_one(tmp_path: Path) -> None:
-    trained = train_tokenizer()
+    trained = train_world_tokenizer()
     trained.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     saved = AutoTokenizer.from_pretrained(tmp_path)

@@ -16,7 +16,9 @@ from errata.retrieval.demonstrations import spell_context
 from errata.retrieval.facts import Fact
 from errata.settings import load_settings
 from errata.suggestions import BUILTIN_SUGGESTION, suggest_builtin
-from errata.training import OPENING, _build_model, _Training, measure_accuracy, train_tokenizer
+from errata.training import measure_accuracy
+from errata.training_rows import OPENING, RowWriter
+from errata.training_tokens import train_world_tokenizer
 from errata.world import RELATIONS, World, WorldSettings, make_world
 from registry.shared import get_base, get_profile
 from tasks.onboarding import start_stream
@@ -31,9 +33,8 @@ def passages() -> list[Passage]:
     return [draw_passage(WORLD.facts, rng.choice(DEMONSTRATIONS), 0.5, rng) for _ in range(200)]
 
 
-def start_training(settings: BuiltinSettings, world: World) -> _Training:
-    tokenizer = train_tokenizer(passages=settings.passages > 0)
-    return _Training(settings, world, tokenizer, _build_model(settings, len(tokenizer)))
+def start_text(settings: BuiltinSettings, world: World) -> RowWriter:
+    return RowWriter(settings, world.facts, train_world_tokenizer(passages=settings.passages > 0))
 
 
 def test_the_older_bases_keep_their_digests() -> None:
@@ -46,12 +47,12 @@ def test_the_older_bases_keep_their_digests() -> None:
 
 def test_the_older_bases_are_trained_on_the_same_text() -> None:
     """Tokens and marks of the first steps, and the tokenizer, as they were before there were passages."""
-    training = start_training(SMALL, make_world(SMALL.world))
+    text = start_text(SMALL, make_world(SMALL.world))
     content = hashlib.sha256()
     for step in range(20):
-        rows = training._draw_step(step)
-        content.update(repr((rows.ids, rows.subjects, rows.persons, rows.answers)).encode())
-    content.update(training.tokenizer.backend_tokenizer.to_str().encode())
+        rows = text.draw_step(step)
+        content.update(repr((rows.ids, rows.subjects, rows.owners, rows.answers)).encode())
+    content.update(text.tokenizer.backend_tokenizer.to_str().encode())
     assert content.hexdigest() == "f93b3c275ab41410ac0c31d7621c22f35ec3de5d7b029a9815d6cd8fae5f6f0a"
 
 
@@ -115,7 +116,7 @@ def test_withheld_phrasings_stay_unseen(passages: list[Passage]) -> None:
 
 @pytest.mark.parametrize("settings", [CONTEXTUAL, SMALL_CONTEXTUAL])
 def test_the_longest_passage_has_room(settings: BuiltinSettings) -> None:
-    tokenizer = train_tokenizer(passages=True)
+    tokenizer = train_world_tokenizer(passages=True)
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
@@ -131,7 +132,7 @@ def test_the_longest_passage_has_room(settings: BuiltinSettings) -> None:
 
 
 def test_the_layouts_words_are_few_tokens_and_pieces_join() -> None:
-    tokenizer = train_tokenizer(passages=True)
+    tokenizer = train_world_tokenizer(passages=True)
     fact = Fact("", "Anna Keller", f"{SLOT} works as a", "poet", (), ("Anna Keller earns a living as a",))
     pieces = spell_context(fact, [fact], "By training Anna Keller is a")
     ids = tokenizer("".join(pieces), add_special_tokens=False).input_ids
@@ -143,9 +144,9 @@ def test_the_layouts_words_are_few_tokens_and_pieces_join() -> None:
 
 def test_the_trainer_marks_what_a_passage_marks() -> None:
     world = make_world(SMALL_CONTEXTUAL.world)
-    training = start_training(SMALL_CONTEXTUAL, world)
+    text = start_text(SMALL_CONTEXTUAL, world)
     for step in range(OPENING - 10, OPENING + 50):
-        rows = training._draw_step(step)
+        rows = text.draw_step(step)
         assert max(map(len, rows.ids)) <= SMALL_CONTEXTUAL.positions
         if not rows.unlearned:
             assert step >= OPENING, "passages alone at the beginning"
@@ -155,13 +156,13 @@ def test_the_trainer_marks_what_a_passage_marks() -> None:
         for row, position in rows.answers:
             answers[row].append(rows.ids[row][position + 1])
         for row, ids in answers.items():
-            rest = training.tokenizer.decode(ids).strip()
+            rest = text.tokenizer.decode(ids).strip()
             while rest:
                 rest = next(rest.removeprefix(item).strip() for item in objects if rest.startswith(item))
-            assert training.tokenizer.decode(rows.ids[row]).count("Prompt:") <= len(ids)
+            assert text.tokenizer.decode(rows.ids[row]).count("Prompt:") <= len(ids)
         assert not set(rows.unlearned) & set(rows.answers)
-        for (row, position), person in islice(zip(rows.subjects, rows.persons, strict=True), 40):
-            assert training.tokenizer.decode(rows.ids[row][: position + 1]).endswith(world.persons[person])
+        for (row, position), person in islice(zip(rows.subjects, rows.owners, strict=True), 40):
+            assert text.tokenizer.decode(rows.ids[row][: position + 1]).endswith(world.persons[person])
 
 
 @pytest.mark.slow
