@@ -23,7 +23,7 @@ FT_RADIUS = 4.0
 """ε in units of mean |W₀| / √d_in, at which the corner of the ball says about as much about any input as the weight itself, whatever
 width and scale. The smallest power of two at which edits take that are alone: swept as ROME swept its own, on 24 edits of the built-in
 base, of which 1 takes at 1, 12 at 2, and all at 4."""
-FT_ENOUGH = 1e-2
+ENOUGH = 1e-2
 """Mean loss of a chunk, in nats, below which it makes no step; once all do, tuning ends."""
 LORA_STEPS = 70
 LORA_LR = 5e-3
@@ -57,7 +57,7 @@ class FineTuning:
             moved = False
             for chunk in _cut(rows):
                 loss = self._measure(chunk, weight)
-                if float(loss.detach()) < FT_ENOUGH:
+                if float(loss.detach()) < ENOUGH:
                     continue
                 adam.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -127,11 +127,17 @@ class LoraTuning:
             torch.manual_seed(self._options.seed * 1_000_003 + self._writes)
             adam = torch.optim.Adam([factor.requires_grad_() for factor in student.factors.values()], lr=LORA_LR)
             for _ in range(LORA_STEPS):
+                moved = False
                 for chunk in _cut(rows):
                     loss = _average_loss(student.practise(chunk), chunk)
+                    if float(loss.detach()) < ENOUGH:
+                        continue
                     adam.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                     adam.step()
+                    moved = True
+                if not moved:
+                    break
             trained = student.copy_factors()
         a, b = ({name[2:]: factor.float() for name, factor in trained.items() if name.startswith(side)} for side in ("a.", "b."))
         self._adapter, self._writes = LoraAdapter(self._base.digest, self._options.alpha, a, b), self._writes + 1
@@ -200,5 +206,6 @@ LORA_RECIPE = Recipe(
     source="LoRA, ICLR 2022 (zjunlp/EasyEdit: easyeditor/models/lora)",
     build=start_lora,
     differs="plain LoRA and not AdaLoRA; PEFT's usual attention projections; a whole batch per step, up to 64; one adapter goes on from "
-    "batch to batch with a new optimiser; the target alone is learned, without an end of text behind it",
+    "batch to batch with a new optimiser; no step is made below a loss of .01, as in FT; the target alone is "
+    "learned, without an end of text behind it",
 )
