@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errata.comparison.method import SPLIT_SEED
 from errata.edits import SLOT, Edit, Submission, digest_subject
 from errata.errors import InputError
 from errata.evaluation.probes import split_probes
@@ -25,8 +26,6 @@ NEIGHBOURS = 5
 """Of an edit: facts of the same relation with the same true object, whose subjects no edit touches."""
 LONGEST = 40
 """Characters of a name. A few longer ones would lengthen every row of the training."""
-SPLIT_SEED = 0
-"""Of `split_probes`, when what is withheld is decided: the default of `evaluate.seed`."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from rich.console import Console
 
 from benchmarks.common import MemoryBlobs
 from benchmarks.edit_quality import share, write_stream
-from benchmarks.fact_choice import NEIGHBOURS, SPLIT_SEED, Choice, choose_facts, read_patterns, read_records, read_truths
+from benchmarks.fact_choice import NEIGHBOURS, Choice, choose_facts, read_patterns, read_records, read_truths
 from errata.builtin import REPORT_FILE, TrainingSettings, provide_folder
 from errata.candidates import load_artifacts
+from errata.comparison.method import SPLIT_SEED
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import collect_moments
 from errata.edits import SLOT, Edit, Probe, canonical_json, digest_of
@@ -34,9 +35,8 @@ from errata.evaluation.probes import split_probes
 from errata.evaluation.scoring import score_targets
 from errata.modeling.loading import Base, choose_device, load_base
 from errata.modeling.patch import attach
-from errata.profiles import Profile, SolveOptions
+from errata.profiles import PrepareOptions, Profile, SolveOptions
 from errata.settings import load_settings
-from errata.suggestions import BUILTIN_SUGGESTION
 from errata.training import train_facts
 from errata.training_tokens import train_tokenizer
 from errata.world import FILLER
@@ -54,10 +54,9 @@ SETTINGS = TrainingSettings(tokens=3_000, threads=1, exchanged=0.5)
 STEPS_PER_MINUTE = {"gpt2": 66, "llama": 66}
 """Of CPU time, where the table of benchmarks/README.md was taken: minutes decide on steps by this rate and not by a clock, so that equal
 arguments give the same base."""
-_PREPARE = BUILTIN_SUGGESTION.prepare.model_copy(update={"layers": (SETTINGS.site,), "clamp": 1.25, "steps": 40})
-"""What `errata calibrate` found on the GPT-2 base of the defaults, but for its contexts. With the built-in base's ball of .75 half of the
-edits take."""
-_LAM = 130.0
+_PREPARE = PrepareOptions(layers=(SETTINGS.site,), steps=40, lr_scale=3.0)
+_LAM = 71.0
+"""What `errata calibrate --edits 300 --budget 6` found on the GPT-2 base of the defaults."""
 
 out = Console(width=140, soft_wrap=True)
 
