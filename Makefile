@@ -51,6 +51,8 @@ bench: $(STAMP)  ## print the benchmarks; each says what it measures
 	$(BIN)/python -m benchmarks.contextual_base
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.context_quality
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.edit_costs
+	$(BIN)/errata bench --quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.collapse
 
 soak: $(STAMP)  ## 200 scheduled batches with faults; more than half an hour
 	$(BIN)/python -m benchmarks.soak

@@ -44,8 +44,8 @@ MEASURES: Mapping[str, Measure] = {
     "norm_ratio": Measure("norm ratio", "mean |W| / mean |W0| of the weight that grew most", 2),
     "frobenius_ratio": Measure("‖W‖ ratio", "Frobenius norm to the base's, of the weight that grew most", 2),
     "spectral_ratio": Measure("spectral ratio", "spectral norm of the change to that of the weight, the largest", 2),
-    "write_seconds": Measure("CPU s per edit", "of writing", 4),
-    "build_seconds": Measure("CPU s to build", "what the model carries, at the end", 2),
+    "write_seconds": Measure("s per edit", "of writing; CPU seconds, on a GPU wall seconds", 4),
+    "build_seconds": Measure("s to build", "what the model carries, at the end; likewise", 2),
     "peak_mib": Measure("peak MiB", "of memory above the base, while writing", 0),
     "state_bytes": Measure("state", "bytes that must be kept to go on", 0),
 }
