@@ -1,6 +1,7 @@
 """A version's folder in MLflow's format, which loads wherever MLflow does."""
 
 import os
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+_saving = threading.Lock()
+"""While MLflow reads our code it puts a stand-in for Databricks' `dbutils` among the modules: two threads at once leave it there."""
 _SIGNATURE = ModelSignature(
     # Without a column name, lists, arrays, series and frames are all taken as they are.
     inputs=Schema([ColSpec("string")]),
@@ -63,7 +66,7 @@ def export_model(work: Path, release: Release, target: Path) -> None:
 
 
 def _save_model(work: Path, target: Path, folders: Mapping[str, str], model: Model, release: Release) -> None:
-    with warnings.catch_warnings():
+    with _saving, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice to give an input example, which MLflow would load the whole model to try
         pyfunc.save_model(
             path=str(target),
