@@ -101,15 +101,19 @@ def test_a_table_is_made_once_and_grows(
 
 
 @pytest.mark.slow
-def test_an_interrupted_comparison_goes_on(given: list[str], tmp_path: Path) -> None:
-    environment = {**os.environ, "ERRATA_ROOT": str(tmp_path / "root"), "ERRATA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "import sys; from flows.console import main; sys.exit(main())", "bench", "--methods", "memit", *given]
-    command += ["--edits", str(COUNT), "--batch", "1", "--seeds", "10", "--jobs", "2", "--out", str(tmp_path / "report"), "--json"]
+def test_an_interrupted_comparison_goes_on(
+    errata: Callable[..., Any], given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERRATA_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    words = ["bench", "--methods", "memit", *given, "--edits", str(COUNT), "--batch", "1", "--seeds", "10", "--json"]
+    words += ["--out", str(tmp_path / "report"), "--jobs"]
+    command = [sys.executable, "-c", "import sys; from flows.console import main; sys.exit(main())", *words, "2"]
 
     def list_cells() -> list[Path]:
         return list((tmp_path / "cache" / "comparisons").glob("*/cell-*.json"))
 
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     end = time.monotonic() + 240
     while len(list_cells()) < 2 and time.monotonic() < end:
         assert process.poll() is None, process.communicate()[1].decode()
@@ -120,8 +124,7 @@ def test_an_interrupted_comparison_goes_on(given: list[str], tmp_path: Path) -> 
     assert "Traceback" not in err.decode()
     kept = len(list_cells())
     assert 2 <= kept < 20
-    done = subprocess.run(command, env=environment, capture_output=True, check=True)
-    told = json.loads(done.stdout)
+    told = errata(*words, "1").json
     assert told["measured"] == 20 - kept
     assert len(told["cells"]) == 20
 

@@ -183,6 +183,7 @@ def test_a_schedule_that_is_not_in_the_file_any_more_is_gone(
         client.delete_deployment(deployment.id)
 
 
+@pytest.mark.long
 def test_an_entry_that_prefect_refuses_is_an_error(prefect_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import flows.deploying
 

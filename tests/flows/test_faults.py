@@ -72,6 +72,7 @@ def test_two_machines_apply_at_once(tmp_path: Path, storage: str) -> None:
 # Clocks
 
 
+@pytest.mark.long
 def test_clocks_that_differ_change_no_order(desk: Any, make_edit: Make, monkeypatch: pytest.MonkeyPatch, prefect_server: str) -> None:
     """Writers whose clocks are days behind and a month ahead, and then a collection: order is the log's, age the storage's."""
     import tasks.committing
@@ -262,6 +263,7 @@ def grow_old(root: Path, days: float) -> None:
             os.utime(path, (moment, moment))
 
 
+@pytest.mark.long
 def test_a_listing_that_is_late_hides_nothing_that_counts(
     desk: Any, make_edit: Make, listing: Listing, monkeypatch: pytest.MonkeyPatch, prefect_server: str
 ) -> None:
@@ -335,7 +337,7 @@ def fill(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     monkeypatch.setattr(LocalStorage, "_write", write_some)
 
 
-@pytest.mark.parametrize("room", [0, 4, 9])
+@pytest.mark.parametrize("room", [pytest.param(0, marks=pytest.mark.long), 4, pytest.param(9, marks=pytest.mark.long)])
 def test_a_disk_that_is_full_is_named_and_the_next_run_goes_on(
     desk: Any, make_edit: Make, errata: Callable[..., Any], room: int, monkeypatch: pytest.MonkeyPatch, prefect_server: str
 ) -> None:
