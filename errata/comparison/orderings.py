@@ -152,8 +152,8 @@ def _stays_like_memory(method: str) -> Callable[[Stream], Found]:
 
 
 _SMALL = (
-    "A small base with room to spare: so few edits do not fill its layers, and z, held near ‖h‖ of weights that hardly "
-    "drift, does not feed back."
+    "Where a stream leaves room in the layers nothing is forgotten. Where it overfills them D4S gives up efficacy for what C protects, MEMIT "
+    "specificity for its latest edits: look at both."
 )
 _ROOM = "The base is small: its layers have fewer directions than a stream has edits, and what one edit takes another one misses."
 
@@ -165,11 +165,12 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("ROME forgets: less than a fifth is left", "D4S Table 2", _stays_below("rome", "efficacy", 0.2), _SMALL),
     Claim("MEMIT may lead after 100 edits, D4S after the last", "D4S Table 2", _crosses, _SMALL),
     Claim("efficacy: MEMIT < D4S", "D4S Table 2", _rank(("memit", "d4s"), "efficacy"), _SMALL),
+    Claim("score: MEMIT < D4S", "D4S Table 2, whose mean is arithmetic", _rank(("memit", "d4s"), "score"), _SMALL),
     Claim(
         "efficacy: ROME < R-ROME",
         "rebuilding ROME",
         _rank(("rome", "r_rome"), "efficacy"),
-        "Contexts move keys of this base so little that the two keys of ROME agree.",
+        "A profile without contexts, or contexts that hardly move keys: the two keys of ROME agree.",
     ),
     Claim("efficacy: MEMIT < MEMIT with history", "AlphaEdit; algorithms.md §T", _rank(("memit", "memit_history"), "efficacy"), _SMALL),
     Claim("efficacy: MEMIT < AlphaEdit", "AlphaEdit Table 1", _rank(("memit", "alphaedit"), "efficacy"), _SMALL),
