@@ -152,8 +152,8 @@ def _stays_like_memory(method: str) -> Callable[[Stream], Found]:
 
 
 _SMALL = (
-    "Where a stream leaves room in the layers nothing is forgotten. Where it overfills them D4S gives up efficacy for what C protects, MEMIT "
-    "specificity for its latest edits: look at both."
+    "Where a stream leaves room in the layers nothing is forgotten. Where it overfills them D4S gives up efficacy for what C protects, and "
+    "MEMIT specificity for its latest edits: look at both."
 )
 _ROOM = "The base is small: its layers have fewer directions than a stream has edits, and what one edit takes another one misses."
 
