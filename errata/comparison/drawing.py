@@ -24,11 +24,10 @@ def draw_course(comparison: Comparison, batch: int, path: Path, caption: str) ->
             if not stops or method == "base":
                 continue
             means = [fmean(some) for some in values]
-            bars = [
-                [mean - min(some) for mean, some in zip(means, values, strict=True)],
-                [max(some) - mean for mean, some in zip(means, values, strict=True)],
-            ]
-            axis.errorbar(stops, means, yerr=bars, label=comparison.titles[method], **_style(number))
+            # A mean of equal numbers may leave them by rounding, to either side.
+            below = [max(mean - min(some), 0.0) for mean, some in zip(means, values, strict=True)]
+            above = [max(max(some) - mean, 0.0) for mean, some in zip(means, values, strict=True)]
+            axis.errorbar(stops, means, yerr=[below, above], label=comparison.titles[method], **_style(number))
         axis.set(xscale="log", xlabel="edits so far", title=MEASURES[measure].title)
         if measure == "norm_ratio":
             axis.set_yscale("log")

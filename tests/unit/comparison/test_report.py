@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from errata.comparison.cells import Cell, CellResult, EditRow, Point
+from errata.comparison.drawing import draw_course
 from errata.comparison.method import Recipe
 from errata.comparison.orderings import CLAIMS, judge_claims
 from errata.comparison.report import Heading, write_report
@@ -108,6 +109,15 @@ def test_the_report_says_command_caveat_and_what_went_wrong(written: tuple[Compa
     assert ".925 (.900–.950)" in text
     assert "a \\| bar" in text
     assert "a remark" in text
+
+
+def test_equal_numbers_whose_mean_is_another_are_drawn(tmp_path: Path) -> None:
+    odd = 0.1 + 0.2  # three times its third is not itself
+    comparison = compare(*(make_cell("d4s", seed, {100: {"efficacy": odd, "norm_ratio": odd}}) for seed in range(3)))
+    assert draw_course(comparison, 1, tmp_path / "course.png", "").exists()
+    values = [0.882, 0.8820000000000001, 0.882]
+    comparison = compare(*(make_cell("d4s", seed, {100: {"efficacy": value}}) for seed, value in enumerate(values)))
+    assert draw_course(comparison, 1, tmp_path / "course.png", "").exists()
 
 
 def test_the_page_holds_its_pictures(written: tuple[Comparison, Path]) -> None:
