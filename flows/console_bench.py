@@ -100,15 +100,17 @@ def bench(
         remarks=[f"λ is {lam:g} times the profile's"] if lam != 1 else [],
     )
     files = write_report(compared.comparison, RECIPES, heading, to)
-    attach_report(settings, compared, files)
+    attach_report(compared, files)
     if as_json:
-        told = {"report": [str(path) for path in files], "run": compared.runs, "measured": compared.measured}
+        told = {"report": [str(path) for path in files], "run": compared.runs.run_id, "measured": compared.measured}
         print_json({**told, "cells": [result.model_dump(mode="json", exclude={"rows"}) for result in compared.comparison.results]})
         return
     for size in compared.comparison.batches:
         out.print(_build_table(compared.comparison, size))
     out.print(f"[dim]{heading.caveat}[/]")
-    out.print(f"report: [bold]{escape(str(files[0]))}[/], {escape(str(files[1]))}, the raw numbers beside; MLflow run {compared.runs[:12]}")
+    out.print(
+        f"report: [bold]{escape(str(files[0]))}[/], {escape(str(files[1]))}, the raw numbers beside; MLflow run {compared.runs.run_id[:12]}"
+    )
 
 
 def _build_table(comparison: "Comparison", batch: int) -> Table:

@@ -27,11 +27,12 @@ from errata.comparison.summary import Comparison
 from errata.corpus import find_corpus
 from errata.distillation.teacher import write_whole
 from errata.editors.d4s.moments import Moments
-from errata.edits import Edit, Submission, canonical_json, digest_of
+from errata.editors.rows import build_rows
+from errata.edits import SLOT, Edit, Submission, canonical_json, digest_of
 from errata.errors import InputError, TokenizationError
 from errata.evaluation.risk import measure_risks
 from errata.modeling.loading import Base
-from errata.modeling.tokens import can_write, encode_prompt, encode_target, locate_subject
+from errata.modeling.tokens import can_write
 from errata.profiles import NeuronProfile, Profile, parse_profile
 from errata.readers.files import read_edits
 from errata.settings import Settings
@@ -95,8 +96,8 @@ class Compared:
     """By seed."""
     measured: int
     """Cells measured now; the others were there."""
-    runs: str
-    """MLflow's id of the comparison."""
+    runs: TrialRuns
+    """In MLflow."""
 
 
 def compare_methods(settings: Settings, request: Request) -> Compared:
@@ -138,11 +139,10 @@ def compare_methods(settings: Settings, request: Request) -> Compared:
     return Compared(comparison, scope, materials, len(missing), _show_runs(settings, scope, results))
 
 
-def attach_report(settings: Settings, compared: Compared, files: Sequence[Path]) -> None:
+def attach_report(compared: Compared, files: Sequence[Path]) -> None:
     """Put the report into MLflow, beside the cells."""
-    runs = _open_runs(settings, compared.scope)
     numbers = {"cells": len(compared.comparison.results), "measured_now": compared.measured}
-    runs.conclude(compared.scope.model_dump(), numbers, files)
+    compared.runs.conclude(compared.scope.model_dump(), numbers, files)
 
 
 def measure_cell(order: Order, cell: Cell, material: str, tell: Callable[[int], None]) -> None:
@@ -270,15 +270,11 @@ def _read_data(path: Path) -> tuple[list[Edit], int]:
 
 def _fits(base: Base, edit: Edit) -> bool:
     """Whether this base can be asked about an edit: its words can be written, and its prompt leaves room for contexts and an answer."""
-    start = edit.prompt.index("{}")
     try:
-        target = encode_target(base.tokenizer, edit.target_new)
-        locate_subject(base.tokenizer, edit.rewrite_prompt, start, start + len(edit.subject))
+        build_rows(base.tokenizer, edit, (SLOT,), base.context // 2)
     except TokenizationError:
         return False
-    if edit.target_true and not can_write(base.tokenizer, edit.target_true):
-        return False
-    return len(encode_prompt(base.tokenizer, edit.rewrite_prompt)) + len(target) <= base.context // 2
+    return edit.target_true is None or can_write(base.tokenizer, edit.target_true)
 
 
 def _measure_risks(settings: Settings, base: Base, material: Material) -> dict[str, float]:
@@ -287,20 +283,16 @@ def _measure_risks(settings: Settings, base: Base, material: Material) -> dict[s
     return {name: risk.figure for name, risk in measured.items()}
 
 
-def _show_runs(settings: Settings, scope: Scope, results: Sequence[CellResult]) -> str:
-    runs = _open_runs(settings, scope)
+def _show_runs(settings: Settings, scope: Scope, results: Sequence[CellResult]) -> TrialRuns:
+    where = resolve_tracking(settings.mlflow.tracking_uri, settings.root)
+    runs = TrialRuns(*where, scope.base, digest_of(canonical_json(scope.model_dump(mode="json"))), "comparisons")
     for result in results:
         cell = result.cell
         course = {point.edits: {name: value for name, value in point.values.items() if value is not None} for point in result.points}
         told = {**cell.model_dump(), "fault": result.fault, "written": result.written, "device": result.device, "load": result.load}
         trial = digest_of(canonical_json([cell.model_dump(mode="json"), result.seconds]))[:24]
         runs.record_trial(cell.title, trial, told, {}, course)
-    return runs.run_id
-
-
-def _open_runs(settings: Settings, scope: Scope) -> TrialRuns:
-    where = resolve_tracking(settings.mlflow.tracking_uri, settings.root)
-    return TrialRuns(*where, scope.base, digest_of(canonical_json(scope.model_dump(mode="json"))), "comparisons")
+    return runs
 
 
 def _material_path(folder: Path, digest: str) -> Path:

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from errata.comparison.codebook import GRACE_RECIPE
+from errata.comparison.contextual import CONTEXT_RECIPES
+from errata.comparison.distilled import DISTILLED_RECIPE
 from errata.comparison.method import Bench, Recipe
-from errata.comparison.others import OTHER_RECIPES
 from errata.comparison.streams import OWN_RECIPES
+from errata.comparison.tuned import FT_RECIPE, LORA_RECIPE
 from errata.comparison.weights import WEIGHT_RECIPES
 from errata.edits import Edit
 from errata.errors import InputError
@@ -32,6 +35,7 @@ class _Untouched:
 
 
 BASE = Recipe("base", "base, unedited", "", _Untouched, same=True)
+OTHER_RECIPES = (FT_RECIPE, LORA_RECIPE, GRACE_RECIPE, *CONTEXT_RECIPES, DISTILLED_RECIPE)
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (BASE, *OWN_RECIPES, *WEIGHT_RECIPES, *OTHER_RECIPES)}
 
 

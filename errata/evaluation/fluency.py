@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
+from errata.evaluation.generation import decode_rows
 from errata.evaluation.scoring import split_by_tokens
 from errata.modeling.loading import Base
 from errata.modeling.queries import encode_queries
-from errata.modeling.tokens import find_ends, find_pad, pad_rows
+from errata.modeling.tokens import find_ends
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _TOP = 5
@@ -52,19 +53,13 @@ def sample_texts(base: Base, prompts: Sequence[str], *, tokens: int, seed: int, 
 
 def _draw_rows(base: Base, rows: Sequence[list[int]], seeds: Sequence[tuple[int, int]], length: int) -> list[list[int]]:
     """Sampled tokens of each row. Every row draws from a generator of its own, so that it does not depend on its neighbours."""
-    body, head = base.model.get_submodule(base.layout.body), base.model.get_submodule(base.layout.head)
     generators = [torch.Generator().manual_seed(1_000_003 * seed + row) for seed, row in seeds]
     ends = find_ends(base.tokenizer, base.model)
-    ids, mask = pad_rows(rows, find_pad(base.tokenizer), "left", base.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     drawn: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
-    cache = None
-    for _ in range(length):
-        output = body(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits = head(output.last_hidden_state[:, -1]).float().cpu()
-        best = logits.nan_to_num(nan=-torch.inf).topk(min(_TOP, logits.shape[-1]))
+
+    def choose(logits: torch.Tensor) -> list[int] | None:
+        best = logits.float().cpu().nan_to_num(nan=-torch.inf).topk(min(_TOP, logits.shape[-1]))
         tokens = []
         for row, generator in enumerate(generators):
             chances = best.values[row].softmax(0).nan_to_num(nan=1.0)
@@ -73,10 +68,9 @@ def _draw_rows(base: Base, rows: Sequence[list[int]], seeds: Sequence[tuple[int,
             ended[row] |= token in ends
             if not ended[row]:
                 drawn[row].append(token)
-        if all(ended):
-            break
-        ids, positions = torch.tensor(tokens, device=base.device)[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        return None if all(ended) else tokens
+
+    decode_rows(base, rows, length, choose)
     return drawn
 
 

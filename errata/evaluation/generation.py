@@ -5,7 +5,7 @@ Teacher forcing leaks the answer's content and length; this is the honest measur
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,27 @@ def generate_answers(
     return answers
 
 
+def decode_rows(base: Base, rows: Sequence[list[int]], length: int, choose: Callable[[torch.Tensor], list[int] | None]) -> None:
+    """Decode rows side by side with a KV cache: padded on the left with masked positions, positions counted from each row's first token.
+
+    Args:
+        length: tokens at most.
+        choose: called with logits [rows, vocabulary]; the next token of each row, or None where nobody wants any.
+    """
+    body, head = base.model.get_submodule(base.layout.body), base.model.get_submodule(base.layout.head)
+    tokens, mask = pad_rows(rows, find_pad(base.tokenizer), "left", base.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = None
+    for _ in range(length):
+        output = body(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        chosen = choose(head(output.last_hidden_state[:, -1]))
+        if chosen is None:
+            return
+        tokens, positions = torch.tensor(chosen, device=base.device)[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+
+
 def find_stop(text: str) -> int | None:
     """Where an answer ends by itself: before the first newline after some text, or after the first finished sentence. None: it goes on.
 
@@ -98,19 +119,14 @@ def _normalise(text: str) -> str:
 def _continue_rows(base: Base, rows: Sequence[list[int]], max_new_tokens: int) -> list[tuple[str, list[int]]]:
     """The rows' answers, with all tokens that were chosen until it was known that they had ended. Runs until each row has stopped; a
     stopped row is carried along and ignored."""
-    body, head = base.model.get_submodule(base.layout.body), base.model.get_submodule(base.layout.head)
     ends = find_ends(base.tokenizer, base.model)
-    tokens, mask = pad_rows(rows, find_pad(base.tokenizer), "left", base.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = None
     chosen_ids: list[list[int]] = [[] for _ in rows]
     written: list[list[int]] = [[] for _ in rows]
     answers: list[str | None] = [None] * len(rows)
-    for _ in range(max_new_tokens):
-        output = body(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        chosen = head(output.last_hidden_state[:, -1]).argmax(-1)  # [rows]
-        for index, token in enumerate(chosen.tolist()):
+
+    def choose(logits: torch.Tensor) -> list[int] | None:
+        chosen: list[int] = logits.argmax(-1).tolist()
+        for index, token in enumerate(chosen):
             if answers[index] is None:
                 chosen_ids[index].append(token)
                 if token not in ends:
@@ -119,10 +135,9 @@ def _continue_rows(base: Base, rows: Sequence[list[int]], max_new_tokens: int) -
                 stop = len(text) if token in ends else find_stop(text)
                 if stop is not None:
                     answers[index] = text[:stop]
-        if all(answer is not None for answer in answers):
-            break
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        return None if all(answer is not None for answer in answers) else chosen
+
+    decode_rows(base, rows, max_new_tokens, choose)
     texts = [(_decode(base, ids) if answer is None else answer).strip() for answer, ids in zip(answers, written, strict=True)]
     return list(zip(texts, chosen_ids, strict=True))
 

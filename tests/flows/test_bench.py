@@ -22,8 +22,10 @@ COUNT = 6
 
 
 @pytest.fixture(autouse=True)
-def own_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow leaves its last address in the environment, and torch its threads."""
+    monkeypatch.setenv("ERRATA_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("ERRATA_THREADS", "1")
 
@@ -63,8 +65,6 @@ def count_runs(root: Path) -> int:
 def test_a_table_is_made_once_and_grows(
     errata: Callable[..., Any], given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ERRATA_ROOT", str(tmp_path / "root"))
-    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     size = ["--edits", str(COUNT), "--batch", "1,3", "--seeds", "2", "--out", str(tmp_path / "report"), "--jobs", "1", "--json"]
 
     def bench(methods: str) -> dict[str, Any]:
@@ -104,8 +104,6 @@ def test_a_table_is_made_once_and_grows(
 def test_an_interrupted_comparison_goes_on(
     errata: Callable[..., Any], given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ERRATA_ROOT", str(tmp_path / "root"))
-    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     words = ["bench", "--methods", "memit", *given, "--edits", str(COUNT), "--batch", "1", "--seeds", "10", "--json"]
     words += ["--out", str(tmp_path / "report"), "--jobs"]
     command = [sys.executable, "-c", "import sys; from flows.console import main; sys.exit(main())", *words, "2"]
@@ -147,8 +145,6 @@ def test_a_wrong_word_is_answered_with_one_line(errata: Callable[..., Any], opti
 
 
 def test_more_edits_than_there_are(errata: Callable[..., Any], given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ERRATA_ROOT", str(tmp_path / "root"))
-    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     ran = errata("bench", *given, "--edits", "50", "--batch", "1", "--jobs", "1")
     assert ran.code == 2
     assert "expected at least 50 edits that this base can be asked about, found 12" in " ".join(ran.err.split())

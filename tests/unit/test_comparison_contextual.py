@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.tiny_base import PEOPLE, build_bench, build_edit, write_reader
+from errata.comparison.catalogue import OTHER_RECIPES
 from errata.comparison.method import SPLIT_SEED, Bench
-from errata.comparison.others import OTHER_RECIPES
 from errata.editors.adapters import LoraAdapter
 from errata.editors.memory import EditMemory
 from errata.edits import Edit

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.tiny_base import build_bench, build_edit
+from errata.comparison.catalogue import OTHER_RECIPES
 from errata.comparison.codebook import CodeBook, Grace
 from errata.comparison.method import Bench, Method, Recipe
-from errata.comparison.others import OTHER_RECIPES
 from errata.comparison.streams import OWN_RECIPES, EditorStream
 from errata.comparison.tuned import FineTuning
 from errata.editors.artifacts import WeightDelta
