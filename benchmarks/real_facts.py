@@ -28,6 +28,8 @@ from errata.candidates import load_artifacts
 from errata.comparison.method import SPLIT_SEED
 from errata.editors.d4s.editor import D4S
 from errata.editors.d4s.moments import collect_moments
+from errata.editors.d4s.reading import read_base
+from errata.editors.rows import build_rows
 from errata.edits import SLOT, Edit, Probe, canonical_json, digest_of
 from errata.errors import ErrataError
 from errata.evaluation.metrics import all_correct
@@ -83,6 +85,7 @@ def run(
     settings = shape_training(family, minutes, seed)
     report = provide_base(choice, settings, folder)
     out.print_json(json.dumps({name: value for name, value in report.items() if name != "settings"}))
+    measure_keys(folder)
     for count in (int(size) for size in edits.split(",") if size):
         measure_editing(folder, choice, settings, count)
     command = ["--base", str(folder / "base"), "--corpus", str(folder / "corpus.txt"), "--facts", str(folder / "edits.jsonl")]
@@ -171,6 +174,21 @@ def find_known(base: Base, choice: Choice, seed: int) -> list[Edit]:
 def _share_withheld(base: Base, edits: list[Edit]) -> float:
     held = [(text, str(edit.target_true)) for edit in edits for text in split_probes(edit, SPLIT_SEED).held_out.paraphrases]
     return round(share(base, held), 4)
+
+
+def measure_keys(folder: Path) -> None:
+    """How near to each other the keys of the known edits' subjects lie, and how many directions they take, at every layer but the last."""
+    base = load_base(folder / "base", device="cpu")
+    edits = {edit.subject_key: edit for edit in map(Edit.model_validate_json, (folder / "edits.jsonl").read_text().splitlines())}
+    rows = [build_rows(base.tokenizer, edit, (SLOT,), base.context) for edit in edits.values()]
+    for layer in range(base.layout.count_layers(base.model) - 1):
+        keys = read_base(base, [[row] for row in rows], (layer,)).keys[layer].double()
+        near = torch.nn.functional.normalize(keys, dim=1)
+        cosine = (near.sum(0).square().sum() - len(near)) / (len(near) * (len(near) - 1))
+        energies = torch.linalg.svdvals(keys - keys.mean(0)).square()
+        directions = int((energies.cumsum(0) / energies.sum() < 0.99).sum()) + 1
+        told = f"mean cosine {cosine:.2f}, {directions} directions hold .99 of their variance"
+        out.print(f"keys of {len(keys):,} subjects at layer {layer}, {keys.shape[1]:,} wide: {told}")
 
 
 def measure_editing(folder: Path, choice: Choice, settings: TrainingSettings, count: int) -> None:

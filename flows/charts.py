@@ -13,6 +13,8 @@ _WIDTH, _HEIGHT = 400, 230
 """Units, of which about one is a pixel on a phone: the letters stay readable there."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 390, 12, 186
 _TICKS = 5
+_LEAST = 1e-9
+"""Narrower than this no axis is: ticks are rounded to twelve places."""
 _MANY = 60
 """Marks on a line that still can be told apart."""
 
@@ -119,7 +121,7 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 def _choose_ticks(low: float, high: float) -> list[float]:
     """Round numbers, evenly spaced, from one not above `low` to one not below `high`."""
-    span = high - low or abs(high) * 0.1 or 1.0
+    span = max(high - low or abs(high) * 0.1 or 1.0, _LEAST)
     size = 10.0 ** math.floor(math.log10(span / _TICKS))
     step = size * next(factor for factor in (1, 2, 5, 10) if span / (size * factor) <= _TICKS)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

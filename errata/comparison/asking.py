@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import fmean
 
 from errata.comparison.cells import MEASURES, EditRow, Point, Scope, name_age
@@ -14,7 +15,7 @@ from errata.evaluation.abilities import measure_ability
 from errata.evaluation.fluency import measure_entropy, sample_texts
 from errata.evaluation.generation import generate_answers, match_answer
 from errata.evaluation.metrics import agreement, all_correct, harmonic_mean, magnitude, prefers, token_accuracy
-from errata.evaluation.probes import split_probes
+from errata.evaluation.probes import Probes, split_probes
 from errata.evaluation.scoring import Question, Scored, score_targets
 from errata.modeling.loading import Base
 from errata.modeling.patch import Attachable, attach
@@ -35,6 +36,8 @@ Values = dict[str, float | None]
 class _Live:
     position: int
     edit: Edit
+    held: Probes
+    """What was held out of it."""
 
 
 class Sheet:
@@ -87,9 +90,9 @@ class Sheet:
         values["frobenius_ratio"] = max((norm.frobenius_ratio for norm in norms if norm.frobenius_ratio is not None), default=1.0)
         values["spectral_ratio"] = max((norm.spectral_ratio for norm in norms if norm.spectral_ratio is not None), default=0.0)
         took = {item.position: self._took(scored, item.edit) for item in live}
-        each = {item.position: self._judge(scored, item.edit) for item in judged}
+        each = {item.position: self._judge(scored, item) for item in judged}
         for item in said:
-            each[item.position] |= self._judge_said(answers, item.edit)
+            each[item.position] |= self._judge_said(answers, item)
         names = sorted({name for some in each.values() for name in some})
         values |= {name: _mean([some[name] for some in each.values() if name in some]) for name in names}
         values["efficacy"] = fmean(took.values())
@@ -105,8 +108,9 @@ class Sheet:
 
     def _find_live(self, written: int) -> list[_Live]:
         """The last edit of every slot so far, in order of arrival."""
-        last = {edit.slot: _Live(position, edit) for position, edit in enumerate(self._material.edits[:written])}
-        return sorted(last.values(), key=lambda item: item.position)
+        last = {edit.slot: (position, edit) for position, edit in enumerate(self._material.edits[:written])}
+        in_order = sorted(last.values(), key=itemgetter(0))
+        return [_Live(position, edit, split_probes(edit, SPLIT_SEED).held_out) for position, edit in in_order]
 
     def _choose_judged(self, live: Sequence[_Live]) -> list[_Live]:
         """A sample that only the edits decide, so that all methods are asked the same, and a later stop asks again about earlier edits."""
@@ -118,22 +122,20 @@ class Sheet:
 
     def _list_probes(self, judged: Sequence[_Live]) -> Iterator[Question]:
         for item in judged:
-            edit, held = item.edit, split_probes(item.edit, SPLIT_SEED).held_out
-            true = self._find_truth(edit)
-            for prompt in (edit.rewrite_prompt, *held.paraphrases):
+            edit, true = item.edit, self._find_truth(item.edit)
+            for prompt in (edit.rewrite_prompt, *item.held.paraphrases):
                 yield prompt, edit.target_new
                 if true:
                     yield prompt, true
-            for prompt, answer in self._list_neighbours(edit):
+            for prompt, answer in self._list_neighbours(item):
                 yield prompt, answer
                 if answer:
                     yield prompt, edit.target_new
             yield from (question for questions in self._list_portability(edit) for question in questions)
 
-    def _list_neighbours(self, edit: Edit) -> list[Question]:
+    def _list_neighbours(self, item: _Live) -> list[Question]:
         """Each with its first answer, or without one, where there is only the base to compare with."""
-        probes = split_probes(edit, SPLIT_SEED).held_out.neighbours
-        return [(probe.prompt, next(filter(self._can_write, probe.answers), None)) for probe in probes]
+        return [(probe.prompt, next(filter(self._can_write, probe.answers), None)) for probe in item.held.neighbours]
 
     def _list_portability(self, edit: Edit) -> list[list[Question]]:
         asked: list[list[Question]] = []
@@ -150,14 +152,12 @@ class Sheet:
         return self._writable[text]
 
     def _ask_base(self, judged: Sequence[_Live]) -> None:
-        new = [question for item in judged for question in self._list_neighbours(item.edit) if question not in self._before]
+        new = [question for item in judged for question in self._list_neighbours(item) if question not in self._before]
         self._before |= score_targets(self._base, new, batch_tokens=self._batch_tokens)
 
     def _generate(self, said: Sequence[_Live]) -> dict[str, str]:
         """Prompt → greedy answer."""
-        prompts = [
-            prompt for item in said for prompt in (item.edit.rewrite_prompt, *split_probes(item.edit, SPLIT_SEED).held_out.paraphrases)
-        ]
+        prompts = [prompt for item in said for prompt in (item.edit.rewrite_prompt, *item.held.paraphrases)]
         answers = generate_answers(self._base, prompts, max_new_tokens=_NEW_TOKENS, batch_tokens=self._batch_tokens)
         return dict(zip(prompts, answers, strict=True))
 
@@ -165,9 +165,9 @@ class Sheet:
         found = scored[edit.rewrite_prompt, edit.target_new]
         return float(all_correct(found.chosen, found.target))
 
-    def _judge(self, scored: Mapping[Question, Scored], edit: Edit) -> dict[str, float]:
+    def _judge(self, scored: Mapping[Question, Scored], item: _Live) -> dict[str, float]:
         """What one edit adds to the means, by measure: means over its own prompts."""
-        held, true = split_probes(edit, SPLIT_SEED).held_out, self._find_truth(edit)
+        edit, held, true = item.edit, item.held, self._find_truth(item.edit)
         found: dict[str, float | None] = {}
         if true:
             new, old = (scored[edit.rewrite_prompt, target].logprobs for target in (edit.target_new, true))
@@ -176,22 +176,22 @@ class Sheet:
             found["ps"] = _mean([float(prefers(new, old)) for new, old in pairs])
             found["pm"] = _mean([magnitude(new, old) for new, old in pairs])
         paraphrased = [scored[prompt, edit.target_new] for prompt in held.paraphrases]
-        found["generalization"] = _mean([float(all_correct(item.chosen, item.target)) for item in paraphrased])
-        neighbours = self._list_neighbours(edit)
+        found["generalization"] = _mean([float(all_correct(one.chosen, one.target)) for one in paraphrased])
+        neighbours = self._list_neighbours(item)
         found["specificity"] = _mean([agreement(scored[asked].chosen, self._before[asked].chosen) for asked in neighbours])
         known = [(scored[asked], scored[asked[0], edit.target_new]) for asked in neighbours if asked[1]]
         found["truth"] = _mean([token_accuracy(right.chosen, right.target) for right, _ in known])
         found["ns"] = _mean([float(prefers(right.logprobs, new.logprobs)) for right, new in known])
         found["nm"] = _mean([magnitude(right.logprobs, new.logprobs) for right, new in known])
         ported = [[scored[asked] for asked in questions] for questions in self._list_portability(edit)]
-        found["portability"] = _mean([max(token_accuracy(item.chosen, item.target) for item in some) for some in ported])
+        found["portability"] = _mean([max(token_accuracy(one.chosen, one.target) for one in some) for some in ported])
         return {name: value for name, value in found.items() if value is not None}
 
-    def _judge_said(self, answers: Mapping[str, str], edit: Edit) -> dict[str, float]:
-        said = {"said": float(match_answer(answers[edit.rewrite_prompt], [edit.target_new]))}
-        paraphrases = split_probes(edit, SPLIT_SEED).held_out.paraphrases
-        if paraphrases:
-            said["said_paraphrase"] = fmean(match_answer(answers[prompt], [edit.target_new]) for prompt in paraphrases)
+    def _judge_said(self, answers: Mapping[str, str], item: _Live) -> dict[str, float]:
+        targets = [item.edit.target_new]
+        said = {"said": float(match_answer(answers[item.edit.rewrite_prompt], targets))}
+        if item.held.paraphrases:
+            said["said_paraphrase"] = fmean(match_answer(answers[prompt], targets) for prompt in item.held.paraphrases)
         return said
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from xml.etree.ElementTree import fromstring
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import flows.page
@@ -18,6 +18,7 @@ NUMBERS = st.floats(-1e9, 1e9, allow_nan=False)
 
 
 @given(NUMBERS, NUMBERS)
+@example(0.0, 5e-324)
 def test_ticks_are_few_even_and_enclose_the_values(one: float, other: float) -> None:
     low, high = sorted((one, other))
     ticks = _choose_ticks(low, high)
