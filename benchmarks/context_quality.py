@@ -54,6 +54,7 @@ from errata.distillation.distil import measure_truncation
 from errata.editors.memory import open_encoder
 from errata.edits import SLOT
 from errata.evaluation.scoring import score_targets
+from errata.figures import open_figure, save_figure
 from errata.modeling.patch import attach
 from errata.modeling.queries import encode_queries
 from errata.retrieval.routing import FLOOR, PLACEHOLDER, find_floor
@@ -315,13 +316,7 @@ def _print_truncation(stream: Stream) -> None:
 
 def draw_methods(found: Found, path: Path) -> None:
     """Generalization against specificity, a small mark per seed, a large one for the mean: neighbours, other facts of the subject."""
-    # Imported here: matplotlib takes a second to load.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    figure, axes = open_figure((10, 4.6), 1, 2, sharex=True, sharey=True)
     # Okabe and Ito's colours; marks tell the methods apart without them.
     looks = dict(
         zip(
@@ -338,11 +333,10 @@ def draw_methods(found: Found, path: Path) -> None:
             size = 190 if mark == "*" else 80
             axis.scatter(statistics.mean(across), statistics.mean(up), s=size, color=colour, marker=mark, label=method, edgecolors="white")
         axis.set(title=title, xlabel="generalization: held-out paraphrases that say the new fact")
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("specificity: answers that are still true")
     axes[0].legend(fontsize=8)
     figure.suptitle(CAVEAT, fontsize=7)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save_figure(figure, path, dpi=120)
 
 
 def _spell(value: float | None) -> str:

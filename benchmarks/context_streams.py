@@ -19,7 +19,6 @@ from errata.candidates import load_artifacts
 from errata.distill_options import DistillOptions
 from errata.distillation.distil import distil_lessons
 from errata.distillation.lessons import Drawn, draw_lessons
-from errata.distillation.teacher import write_whole
 from errata.editors.artifacts import Artifact, WeightDelta
 from errata.editors.d4s.editor import D4S
 from errata.editors.memory import EditMemory, MemoryOptions
@@ -30,6 +29,7 @@ from errata.evaluation.scoring import Question, Scored, score_targets
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
 from errata.modeling.queries import find_room
+from errata.placing import write_whole
 from errata.retrieval.demonstrations import spell_context
 from errata.suggestions import suggest_builtin
 from errata.world import World

@@ -30,6 +30,7 @@ from errata.editors.d4s.editor import D4S
 from errata.edits import Edit, Risk
 from errata.evaluation.evaluate import evaluate_candidate
 from errata.evaluation.risk import measure_risks
+from errata.figures import open_figure, save_figure
 from errata.forms import make_formed_edits
 from errata.modeling.loading import Base
 from errata.settings import EvaluateSettings
@@ -229,14 +230,9 @@ def correlate(one: Sequence[float], other: Sequence[float]) -> float:
 
 def draw_costs(points: Sequence[Point], path: Path) -> None:
     """Per stream, risk against growth and against specificity lost; per edit, risk against its own contribution. A row per radius."""
-    # Imported here: matplotlib takes a second to load.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     radii = list(dict.fromkeys(point.radius for point in points))
-    figure = Figure(figsize=(13, 3.8 * len(radii)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(radii), 3, squeeze=False)
+    figure, axes = open_figure((13, 3.8 * len(radii)), len(radii), 3)
+    grid = [axes[3 * row : 3 * row + 3] for row in range(len(radii))]
     names = list(dict.fromkeys(point.stream for point in points))
     for row, radius in zip(grid, radii, strict=True):
         for index, name in enumerate(names):
@@ -251,11 +247,9 @@ def draw_costs(points: Sequence[Point], path: Path) -> None:
         for axis, label in zip(row, labels, strict=True):
             axis.set(xlabel="risk, nats" if axis is row[2] else "median risk of the stream, nats", ylabel=label, xscale="log")
             axis.set_title(f"radius {radius:g} ‖h‖", fontsize=9)
-            axis.grid(alpha=0.3)
     grid[0][0].legend(fontsize=7)
     figure.suptitle(CAVEAT, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    save_figure(figure, path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from errata.editors.ireva.editor import IReVa
 from errata.edits import SLOT, Edit
 from errata.evaluation.metrics import all_correct
 from errata.evaluation.scoring import score_targets
+from errata.figures import open_figure, save_figure
 from errata.modeling.loading import Base
 from errata.modeling.patch import attach
 from errata.profiles import NeuronProfile, Retrofit
@@ -271,13 +272,7 @@ def spell_share(value: float) -> str:
 
 def draw_scores(points: Sequence[Point], path: Path) -> None:
     """Scores against the number of edits: a line per editor, the streams' range as a band, the base's own share dotted."""
-    # Imported here: matplotlib takes a second to load.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(MEASURES), sharex=True)
+    figure, axes = open_figure((13, 3.6), 1, len(MEASURES), sharex=True)
     names = list(dict.fromkeys(point.editor for point in points))
     sizes = sorted({point.size for point in points})
     for axis, measure in zip(axes, MEASURES, strict=True):
@@ -289,10 +284,9 @@ def draw_scores(points: Sequence[Point], path: Path) -> None:
             own = [statistics.mean(point.base[measure] for point in points if point.size == size) for size in sizes]
             axis.plot(sizes, own, linestyle=":", color="black", label="base")
         axis.set(title=measure, xscale="log", xlabel="edits")
-        axis.grid(alpha=0.3)
     axes[2].legend(fontsize=8)
     figure.suptitle(CAVEAT, fontsize=7)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save_figure(figure, path, dpi=120)
 
 
 def print_load(when: str) -> None:

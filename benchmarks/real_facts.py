@@ -23,7 +23,7 @@ from rich.console import Console
 from benchmarks.common import MemoryBlobs
 from benchmarks.edit_quality import share, write_stream
 from benchmarks.fact_choice import NEIGHBOURS, Choice, choose_facts, read_patterns, read_records, read_truths
-from errata.builtin import REPORT_FILE, TrainingSettings, provide_folder
+from errata.builtin import REPORT_FILE, TrainingSettings
 from errata.candidates import load_artifacts
 from errata.comparison.method import SPLIT_SEED
 from errata.editors.d4s.editor import D4S
@@ -37,6 +37,7 @@ from errata.evaluation.probes import split_probes
 from errata.evaluation.scoring import score_targets
 from errata.modeling.loading import Base, choose_device, load_base
 from errata.modeling.patch import attach
+from errata.placing import provide_folder
 from errata.profiles import PrepareOptions, Profile, SolveOptions
 from errata.settings import load_settings
 from errata.training import train_facts

@@ -4,8 +4,6 @@ Imports no torch; `errata.training` does the work when nothing is cached. A cach
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from errata.edits import canonical_json, digest_of
+from errata.placing import provide_folder
 from errata.world import WorldSettings
 
 CAVEAT = (
@@ -130,22 +129,3 @@ def ensure_builtin(settings: BuiltinSettings, cache_dir: Path, progress: Progres
         (draft / REPORT_FILE).write_text(json.dumps({"settings": settings.model_dump(mode="json"), **report}, indent=1) + "\n")
 
     return provide_folder(cache_dir / "builtin" / settings.digest, train)
-
-
-def provide_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder`; where there is none, `write` fills another one, which then takes its name."""
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write(draft)
-        draft.chmod(0o755)  # mkdtemp's folders are private
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # neither was it the other process that finished first
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import BinaryIO
 
 from errata.edits import canonical_json, digest_of
 from errata.errors import InputError
+from errata.placing import write_whole
 from errata.validation import show_value
 from errata.world import FILLER, make_world
 
@@ -160,9 +160,7 @@ def find_corpus(name: str, cache: Path) -> Corpus:
     path = cache / "corpora" / f"{name.partition(':')[2]}-{digest_of(text)[:12]}.txt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as draft:
-            draft.write(text)
-        Path(draft.name).replace(path)
+        write_whole(path, text)
     return open_corpus(path)
 
 

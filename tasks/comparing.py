@@ -25,7 +25,6 @@ from errata.comparison.method import Bench
 from errata.comparison.running import run_cell
 from errata.comparison.summary import Comparison
 from errata.corpus import find_corpus
-from errata.distillation.teacher import write_whole
 from errata.editors.d4s.moments import Moments
 from errata.editors.rows import build_rows
 from errata.edits import SLOT, Edit, Submission, canonical_json, digest_of
@@ -33,6 +32,7 @@ from errata.errors import InputError, TokenizationError
 from errata.evaluation.risk import measure_risks
 from errata.modeling.loading import Base
 from errata.modeling.tokens import can_write
+from errata.placing import write_whole
 from errata.profiles import NeuronProfile, Profile, parse_profile
 from errata.readers.files import read_edits
 from errata.settings import Settings

@@ -1,11 +1,11 @@
 """Two pictures of a calibration: where the model holds facts, and what λ trades for what. PNG, by matplotlib."""
 
 from collections.abc import Sequence
-from io import BytesIO
 
 from errata.calibration.report import CalibrationReport
 from errata.calibration.tracing import Trace
 from errata.calibration.trials import Trial
+from errata.figures import encode_figure, open_figure
 
 _SITES = {"subject_last": "subject’s last token", "prompt_last": "prompt’s last token"}
 COLOURS = {"efficacy": "#5b3fa0", "generalization": "#c2703d", "specificity": "#2f7f6f"}
@@ -13,13 +13,8 @@ COLOURS = {"efficacy": "#5b3fa0", "generalization": "#c2703d", "specificity": "#
 
 def draw_trace(trace: Trace) -> bytes:
     """Heat map, sites × layers: the share of the lost answer that comes back when one hidden state is restored."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = [trace.measure_effects(site) for site in _SITES]  # type: ignore[arg-type]
-    figure = Figure(figsize=(max(6.0, 0.32 * len(rows[0]) + 2.5), 2.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = open_figure((max(6.0, 0.32 * len(rows[0]) + 2.5), 2.4), grid=None)
     image = axes.imshow(rows, aspect="auto", cmap="Purples", vmin=0, vmax=1)
     axes.set_yticks(range(len(_SITES)), list(_SITES.values()))
     step = max(1, len(rows[0]) // 16)
@@ -28,17 +23,12 @@ def draw_trace(trace: Trace) -> bytes:
     told = f"Causal trace of {trace.facts} facts: probability of the answer {trace.clean:.2f}, corrupted {trace.corrupted:.2f}"
     figure.suptitle(told, fontsize=8)
     figure.colorbar(image, label="share restored")
-    return save_figure(figure)
+    return encode_figure(figure)
 
 
 def draw_curve(report: CalibrationReport) -> bytes:
     """Efficacy and generalization against specificity along λ for the chosen options, among all other trials."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = open_figure((9.5, 4.2), 1, 2)
     curve = report.curve
     for name, colour in COLOURS.items():
         known = _read(curve, name)
@@ -60,10 +50,7 @@ def draw_curve(report: CalibrationReport) -> bytes:
     right.set_xlabel("specificity (agreement with the base)")
     right.set_ylabel("efficacy")
     right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    return save_figure(figure)
+    return encode_figure(figure)
 
 
 def _read(curve: Sequence[Trial], name: str) -> list[tuple[float, float]]:
@@ -73,10 +60,3 @@ def _read(curve: Sequence[Trial], name: str) -> list[tuple[float, float]]:
 def _specific(trial: Trial) -> float:
     assert trial.specificity is not None, "only trials with neighbours are drawn"
     return trial.specificity
-
-
-def save_figure(figure: object) -> bytes:
-    """A matplotlib figure as PNG, without the name of what drew it."""
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=150, metadata={"Software": None})  # type: ignore[attr-defined]
-    return data.getvalue()

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from errata.calibration.cosines import OWN
-from errata.calibration.figures import COLOURS, save_figure
+from errata.calibration.figures import COLOURS
 from errata.calibration.gate_report import GateReport
+from errata.figures import encode_figure, open_figure
 from errata.profiles import GatePoint
 
 _BINS = 60
@@ -13,15 +14,10 @@ _BINS = 60
 
 def draw_cosines(report: GateReport) -> bytes:
     """Distributions at the chosen layer: paraphrases with their own key, everything else with the nearest key, by kind; θ between."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     cosines, point = report.cosines, report.chosen.point
     kinds = {f"{OWN} (own key)": cosines.own, **cosines.foreign}
     low = min(min(values) for values in kinds.values())
-    figure = Figure(figsize=(7.5, 1.0 + 0.85 * len(kinds)), layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(len(kinds), 1, sharex=True)
+    figure, rows = open_figure((7.5, 1.0 + 0.85 * len(kinds)), len(kinds), grid=None, sharex=True)
     fired = cosines.measure_fired(point.theta)
     for axes, (kind, values), share in zip(rows, kinds.items(), fired.values(), strict=True):
         own = kind.startswith(OWN)
@@ -29,21 +25,16 @@ def draw_cosines(report: GateReport) -> bytes:
         axes.axvline(point.theta, color="#c2703d", linewidth=1.2, linestyle="--")
         axes.set_title(f"{kind}, {len(values)}: {share:.1%} fire", fontsize=8, loc="left", pad=2)
         axes.set_yticks([])
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["left"].set_visible(False)
     rows[-1].set_xlabel("cosine with the key (other than paraphrases: with the nearest one)")
     figure.suptitle(f"Layer {point.layer}, {report.search.edits} edits; dashed: θ = {point.theta:g}", fontsize=9)
-    return save_figure(figure)
+    return encode_figure(figure)
 
 
 def draw_gate(report: GateReport) -> bytes:
     """Efficacy, generalization and specificity along θ, and along the gain, at the chosen layer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     point = report.chosen.point
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = open_figure((9.5, 4.2), 1, 2, sharey=True)
     _draw_lines(left, report.curve, "theta", point.theta, "θ (dashed: chosen)")
     _draw_lines(right, report.gains, "gain", point.gain, "gain (dashed: chosen)")
     right.set_xscale("log", base=2)
@@ -51,9 +42,8 @@ def draw_gate(report: GateReport) -> bytes:
     left.set_title(f"layer {point.layer}, gain {point.gain:g}, {report.search.edits} edits", fontsize=9, loc="left")
     right.set_title(f"layer {point.layer}, θ = {point.theta:g}", fontsize=9, loc="left")
     left.set_ylabel("share of prompts")
-    left.set_ylim(-0.03, 1.03)
     left.legend(frameon=False, fontsize=8)
-    return save_figure(figure)
+    return encode_figure(figure)
 
 
 def _draw_lines(axes: Any, points: Sequence[GatePoint], along: str, chosen: float, label: str) -> None:
@@ -62,5 +52,4 @@ def _draw_lines(axes: Any, points: Sequence[GatePoint], along: str, chosen: floa
         axes.plot([x for x, _ in known], [y for _, y in known], marker="o", markersize=3.5, label=name, color=colour)
     axes.axvline(chosen, color="0.5", linewidth=1, linestyle="--")
     axes.set_xlabel(label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(-0.03, 1.03)

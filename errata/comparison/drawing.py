@@ -1,12 +1,15 @@
 """The pictures of a comparison."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errata.comparison.cells import MEASURES
 from errata.comparison.summary import Comparison
+from errata.figures import open_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MARKERS = "osv^D<>PX*hd"
 _CAP = 1e4
@@ -16,7 +19,7 @@ _CAP = 1e4
 def draw_course(comparison: Comparison, batch: int, path: Path, caption: str) -> Path:
     """Efficacy, generalization, specificity and norms over the length of the stream: mean over seeds, the bar from least to most."""
     measures = ("efficacy", "generalization", "specificity", "norm_ratio")
-    figure, axes = _open(2, 2, (13, 9))
+    figure, axes = open_figure((13, 9), 2, 2)
     for axis, measure in zip(axes, measures, strict=True):
         for number, method in enumerate(comparison.methods):
             stops = [stop for stop in comparison.list_stops(batch) if comparison.gather(method, batch, stop, measure)]
@@ -40,7 +43,7 @@ def draw_course(comparison: Comparison, batch: int, path: Path, caption: str) ->
 
 def draw_trade(comparison: Comparison, batch: int, path: Path, caption: str) -> Path:
     """What is learned against what is left alone, at the end of the stream."""
-    figure, axes = _open(1, 2, (13, 5.5))
+    figure, axes = open_figure((13, 5.5), 1, 2)
     for axis, (across, up) in zip(axes, (("generalization", "specificity"), ("efficacy", "ability")), strict=True):
         for number, method in enumerate(comparison.methods):
             left, right = (comparison.gather(method, batch, None, name) for name in (across, up))
@@ -61,22 +64,6 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _open(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Sequence[Any]]:
-    # Imported here: matplotlib takes a second to load; the classes used directly need no display and no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
-
-
-def _save(figure: Any, path: Path, caption: str) -> Path:
+def _save(figure: "Figure", path: Path, caption: str) -> Path:
     figure.suptitle(caption, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    return path
+    return save_figure(figure, path, dpi=110)

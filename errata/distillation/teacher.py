@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from errata.edits import canonical_json, digest_of
 from errata.errors import EditorError, FormatError
 from errata.modeling.loading import Base
 from errata.modeling.patch import require_untouched
+from errata.placing import write_whole
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """Called with the stage (`teacher`, `student`), the rows or steps done, how many there are in all, and losses by name."""
@@ -90,17 +89,6 @@ def digest_rows(base: Base, rows: Sequence[Row], options: DistillOptions) -> str
     """Names what a teacher is asked for."""
     asked = [[row.taught, row.target] for row in rows]
     return digest_of(canonical_json([_FORMAT, base.digest, options.temperature, options.top_k, asked]))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all."""
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(draft).replace(path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
 
 
 def _split(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:

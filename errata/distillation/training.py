@@ -15,9 +15,10 @@ from errata.distillation.divergence import diverge
 from errata.distillation.report import Distance, Epoch
 from errata.distillation.rows import Row, batch_by_length
 from errata.distillation.student import Factors, Student
-from errata.distillation.teacher import Progress, Teacher, write_whole
+from errata.distillation.teacher import Progress, Teacher
 from errata.editors.artifacts import pack_tensors, unpack_tensors
 from errata.errors import EditorError, FormatError
+from errata.placing import write_whole
 
 _KIND, _FORMAT = "training", 1
 _TENSORS = ("factors", "optimiser", "random", "best")

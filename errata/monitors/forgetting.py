@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from errata.figures import open_figure, save_figure
 from errata.report import Mean
 from errata.watching import AgeRetention
 
@@ -54,14 +55,8 @@ def plot_retention(ages: Iterable[AgeRetention], path: Path) -> Path:
     Returns:
         `path`, for the caller to log.
     """
-    # Imported here, as in `norms`: matplotlib takes a second to load.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [item for item in ages if item.retained.value is not None]
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = open_figure((7, 3.6), grid="y")
     for shift, label, color, values in (
         (-0.2, "when accepted", "0.75", [item.immediate.value or 0.0 for item in shown]),
         (0.2, "now", "tab:blue", [item.retained.value or 0.0 for item in shown]),
@@ -72,10 +67,6 @@ def plot_retention(ages: Iterable[AgeRetention], path: Path) -> Path:
     axes.set_xlabel("age in commits")
     axes.set_ylabel("efficacy")
     axes.set_title("Immediate and retained efficacy of live edits" if shown else "No live edits yet", fontsize=10)
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     if shown:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from errata.figures import open_figure, save_figure
 from errata.modeling.loading import Base
 from errata.modeling.offload import read_parameter
 from errata.modeling.patch import add_once
@@ -102,14 +103,8 @@ def plot_norms(history: Iterable[NormPoint], path: Path) -> Path:
     Returns:
         `path`, for the caller to log.
     """
-    # Imported here: matplotlib takes a second to load, and the figure classes used directly need no display and no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     points = sorted(history, key=lambda point: point.commit)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = open_figure((7, 4.2))
     for name in sorted({norms.weight for point in points for norms in point.norms}):
         line = [(point.live, norms.mean_abs_ratio) for point in points for norms in point.norms if norms.weight == name]
         known = [(live, ratio) for live, ratio in line if ratio is not None]
@@ -118,13 +113,9 @@ def plot_norms(history: Iterable[NormPoint], path: Path) -> Path:
     axes.set_xlabel("live edits")
     axes.set_ylabel("mean |W| / mean |W0|")
     axes.set_title(_title(points), fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     if any(point.norms for point in points):
         axes.legend(frameon=False, fontsize=8, title="edited weight (dashed: the base)", title_fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def _title(points: Sequence[NormPoint]) -> str:
