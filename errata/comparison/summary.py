@@ -37,6 +37,11 @@ class Comparison:
         return sorted({result.cell.seed for result in self.results})
 
     @cached_property
+    def measured(self) -> set[str]:
+        """Measures that somebody has a number of: of the others the data holds nothing to ask."""
+        return {name for result in self.results for point in result.points for name, value in point.values.items() if value is not None}
+
+    @cached_property
     def methods(self) -> list[str]:
         found = {result.cell.method for result in self.results}
         return [name for name in self.titles if name in found]
@@ -62,8 +67,8 @@ class Comparison:
         point = next((item for item in result.points if item.edits == stop), None)
         if point is not None:
             return point.values.get(measure)
-        if result.fault and not result.unsuited and measure not in _COSTS and stop > result.written - result.cell.batch:
-            return ENDED.get(measure, 0.0)
+        if result.fault and not result.unsuited and stop > result.written - result.cell.batch:
+            return ENDED.get(measure, 0.0) if measure in self.measured and measure not in _COSTS else None
         return None
 
     def gather(self, method: str, batch: int, edits: int | None, measure: str) -> list[float]:

@@ -67,6 +67,7 @@ def test_a_model_that_was_destroyed_has_lost_all() -> None:
     assert comparison.gather("memit", 1, None, "efficacy") == [0.0]
     assert comparison.gather("memit", 1, None, "norm_ratio") == [math.inf]
     assert comparison.gather("memit", 1, 100, "efficacy") == [0.8]
+    assert comparison.gather("memit", 1, None, "portability") == [], "nobody was asked"
     assert judge(comparison, "norm: D4S < MEMIT") == {0: True}
 
 
