@@ -142,7 +142,8 @@ def spell_spread(values: Iterable[float], measure: str) -> str:
 def _spell(value: float, digits: int) -> str:
     if math.isinf(value):
         return "∞"
-    return f"{value:,.{digits}f}".removeprefix("0") if abs(value) < 1 and digits else f"{value:,.{digits}f}"
+    text = f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.000"
+    return text.replace("0.", ".", 1) if abs(value) < 1 and digits else text
 
 
 def _key(result: CellResult) -> tuple[str, int, int]:

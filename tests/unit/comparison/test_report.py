@@ -39,6 +39,8 @@ def judge(comparison: Comparison, text: str) -> dict[int, bool]:
 def test_a_mean_is_shown_with_least_and_most() -> None:
     assert spell_spread([0.5, 1.0], "efficacy") == ".750 (.500–1.000)"
     assert spell_spread([0.5], "efficacy") == ".500"
+    assert spell_spread([-0.25], "efficacy") == "-.250"
+    assert spell_spread([-0.0001], "efficacy") == ".000"
     assert spell_spread([], "efficacy") == "–"
     assert spell_spread([math.inf], "norm_ratio") == "∞"
 
