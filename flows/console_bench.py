@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 from rich.markup import escape
@@ -19,14 +19,27 @@ from flows.prefect_server import ready_prefect
 
 if TYPE_CHECKING:
     from errata.comparison.summary import Comparison
-    from tasks.comparing import Compared, Request
+    from tasks.comparing import Compared
 
 SMALL = (
     "Measured on a base of one's own. A small model that was trained for this compares the bookkeeping of methods and says little about "
     "large language models."
 )
 _SHOWN = ("efficacy", "generalization", "specificity", "ability", "norm_ratio")
-_QUICK = {"edits": 100, "batches": (1, 20), "seeds": 2, "judged": 60, "said": 30}
+
+
+class Sizes(TypedDict):
+    """How much a comparison asks, where the command does not say."""
+
+    edits: int
+    batches: tuple[int, ...]
+    seeds: int
+    judged: int
+    said: int
+
+
+_FULL: Sizes = {"edits": 1_000, "batches": (1, 10, 100), "seeds": 3, "judged": 200, "said": 50}
+_QUICK: Sizes = {"edits": 100, "batches": (1, 20), "seeds": 2, "judged": 60, "said": 30}
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -36,9 +49,9 @@ def add_commands(app: typer.Typer) -> None:
 
 def bench(
     methods: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
-    edits: Annotated[int, typer.Option(min=2, help="Of each stream.")] = 1_000,
-    batch: Annotated[str, typer.Option(help="Sizes of batches, with commas between.")] = "1,10,100",
-    seeds: Annotated[int, typer.Option(min=1, help="Streams.")] = 3,
+    edits: Annotated[int | None, typer.Option(min=2, help="Of each stream: 1,000, or 100.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sizes of batches, with commas between: 1,10,100, or 1,20.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Streams: 3, or 2.")] = None,
     base: Annotated[str, typer.Option(help="'builtin', 'builtin-contextual', a model folder, or a Hugging Face id.")] = "builtin",
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id.")] = None,
     data: Annotated[Path | None, typer.Option(help="Edits in any form that `errata submit` reads; the built-in world's without.")] = None,
@@ -46,12 +59,12 @@ def bench(
     profile: Annotated[str | None, typer.Option(help="Of D4S, shared by all that write weights: JSON file or digest.")] = None,
     corpus: CorpusPath = None,
     lam: Annotated[float, typer.Option(min=1e-6, help="λ of all that have one, as a multiple of the profile's.")] = 1.0,
-    judged: Annotated[int, typer.Option(min=1, help="Edits asked about with all their probes at each stop.")] = 200,
-    said: Annotated[int, typer.Option(min=1, help="Edits asked for a greedy answer at each stop.")] = 50,
+    judged: Annotated[int | None, typer.Option(min=1, help="Edits asked about with all their probes at each stop: 200, or 60.")] = None,
+    said: Annotated[int | None, typer.Option(min=1, help="Edits asked for a greedy answer at each stop: 50, or 30.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes side by side; by default one per core, or one on a GPU.")] = None,
     to: Annotated[Path, typer.Option("--out", help="Folder for the report.")] = Path("errata-bench"),
     quick: Annotated[
-        bool, typer.Option(help="The whole table within ten minutes on two cores: 100 edits, batches of 1 and 20, 2 seeds.")
+        bool, typer.Option(help="The whole table within ten minutes on two cores: of two sizes named here the second.")
     ] = False,
     afresh: Annotated[bool, typer.Option(help="Measure again what was measured before.")] = False,
     as_json: AsJson = False,
@@ -72,25 +85,27 @@ def bench(
     from errata.modeling.loading import choose_device
     from tasks.comparing import Request, attach_report, compare_methods
 
+    sizes = _QUICK if quick else _FULL
+    size = edits or sizes["edits"]
     cores = 1 if str(choose_device(settings.device)) != "cpu" else os.cpu_count() or 1
     request = Request(
         base=base,
         methods=tuple(choose_methods(methods)),
-        edits=edits,
-        batches=_read_batches(batch, edits),
-        seeds=seeds,
+        edits=size,
+        batches=_read_batches(batch, size) if batch else tuple(one for one in sizes["batches"] if one <= size),
+        seeds=seeds or sizes["seeds"],
         revision=revision,
         data=data,
         kind=kind,  # type: ignore[arg-type]
         profile=profile,
         corpus=corpus,
         lam=lam,
-        judged=judged,
-        said=said,
+        judged=judged or sizes["judged"],
+        said=said or sizes["said"],
         jobs=jobs or cores,
         afresh=afresh,
     )
-    compared = compare_methods(settings, _hurry(request) if quick else request)
+    compared = compare_methods(settings, request)
     heading = Heading(
         title="Editing methods, one stream of edits through each",
         command=" ".join(["errata", *sys.argv[1:]]),
@@ -127,12 +142,6 @@ def _build_table(comparison: "Comparison", batch: int) -> Table:
         cells = [f"{fmean(some):.{shown[name].digits}f}" if some else "–" for name, some in zip(shown, values, strict=True)]
         table.add_row(comparison.titles[method], *cells)
     return table
-
-
-def _hurry(request: "Request") -> "Request":
-    from dataclasses import replace
-
-    return replace(request, **_QUICK)  # type: ignore[arg-type]
 
 
 def _read_batches(spelled: str, edits: int) -> tuple[int, ...]:

@@ -86,8 +86,6 @@ class Recipe:
     build: Callable[[Bench], Method]
     differs: str = ""
     """Where ours departs from the published code, and why."""
-    max_batch: int | None = None
-    """Most edits it writes at once; larger batches are split. None: any number."""
     same: bool = False
     """Whether it comes to the same whatever the size of batches, as all that writes edit by edit does: measured with the smallest."""
     final_only: bool = False

@@ -39,8 +39,7 @@ def run_cell(bench: Bench, recipe: Recipe, edits: Sequence[Edit], cell: Cell, sh
         for start in range(0, len(edits), cell.batch):
             chunk = edits[start : start + cell.batch]
             with meter.writing():
-                for part in _split(chunk, recipe.max_batch):
-                    method.write(part)
+                method.write(chunk)
             written += len(chunk)
             refused |= method.refused
             tell(len(chunk))
@@ -66,11 +65,6 @@ def run_cell(bench: Bench, recipe: Recipe, edits: Sequence[Edit], cell: Cell, sh
         device=str(bench.base.device),
         load=round(os.getloadavg()[0], 2),
     )
-
-
-def _split(edits: Sequence[Edit], most: int | None) -> Iterator[Sequence[Edit]]:
-    size = most or len(edits)
-    return (edits[start : start + size] for start in range(0, len(edits), size))
 
 
 @dataclass

@@ -76,7 +76,6 @@ WEIGHT_RECIPES: tuple[Recipe, ...] = (
         "Meng et al. 2022, arXiv 2202.05262; kmeng01/rome `compute_u.py`, `compute_v.py`",
         build_rome,
         "contexts and z-options but the clamp (4) are the profile's; one layer, the profile's last; mean key and bare key as published",
-        max_batch=1,
         same=True,
     ),
     Recipe(
@@ -85,7 +84,6 @@ WEIGHT_RECIPES: tuple[Recipe, ...] = (
         "Gupta et al. 2024, arXiv 2403.07175",
         build_r_rome,
         "as ROME, with the mean key of all contexts in all three places",
-        max_batch=1,
         same=True,
     ),
     Recipe(

@@ -144,6 +144,12 @@ def test_a_wrong_word_is_answered_with_one_line(errata: Callable[..., Any], opti
     assert "Traceback" not in ran.err
 
 
+def test_a_quick_comparison_of_what_is_named(errata: Callable[..., Any], given: list[str], tmp_path: Path) -> None:
+    words = ["bench", "--quick", "--methods", "memit", *given, "--edits", "5", "--seeds", "1", "--jobs", "1", "--json"]
+    cells = [cell["cell"] for cell in errata(*words, "--out", str(tmp_path / "report")).json["cells"]]
+    assert {(cell["method"], cell["batch"], cell["seed"]) for cell in cells} == {("base", 1, 0), ("memit", 1, 0)}, "no batches of 20 edits"
+
+
 def test_more_edits_than_there_are(errata: Callable[..., Any], given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = errata("bench", *given, "--edits", "50", "--batch", "1", "--jobs", "1")
     assert ran.code == 2

@@ -84,12 +84,6 @@ def test_batches_are_written_in_order_and_measured_at_the_stops(bench: Bench, sh
     assert CellResult.model_validate_json(result.model_dump_json()) == result
 
 
-def test_a_method_gets_no_more_at_once_than_it_takes(bench: Bench, sheet: Sheet) -> None:
-    method = Recorder()
-    run(bench, sheet, method, max_batch=2)
-    assert method.batches == [2, 1, 2, 1, 1]
-
-
 def test_a_slow_method_is_measured_at_the_end_alone(bench: Bench, sheet: Sheet) -> None:
     method = Recorder()
     result, _ = run(bench, sheet, method, final_only=True)
