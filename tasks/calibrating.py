@@ -230,7 +230,7 @@ def conclude_search(base: str, search: str, asked: Asked, trace: str | None, cut
         seconds=round(sum(item.seconds for item in done) + time.perf_counter() - begun, 1),
         figures=kept.figures,
         run=kept.run,
-        remarks=tuple(remarks),
+        remarks=(*remarks, *report.doubts),
     )
 
 

@@ -14,6 +14,8 @@ from errata.profiles import CalibrationNote, Measured, PrepareOptions
 FORESEEN = 1_000
 """Edits for which the growth of the weights is foreseen."""
 _MARGIN = 1.25
+_USABLE = 0.5
+"""Efficacy below this is no choice: most edits of a stream would be refused."""
 
 
 class FactSheet(Record):
@@ -74,6 +76,11 @@ class CalibrationReport(Record):
         same = {trial.lam: trial for trial in self.trials if (trial.prepare, trial.spread) == (self.chosen.prepare, self.chosen.spread)}
         return [same[lam] for lam in sorted(same)]
 
+    @property
+    def doubts(self) -> list[str]:
+        """What somebody who relies on the choice has to know."""
+        return doubt_choice(self.validation[0] if self.validation else self.chosen)
+
     def write_note(self, digest: str) -> CalibrationNote:
         """The part that goes into the profile; `digest` is this report's own."""
         return CalibrationNote(
@@ -104,6 +111,18 @@ def set_alarm(growth: Sequence[tuple[int, float]]) -> float | None:
     """The norm ratio at which people are to be alerted: a quarter above what `FORESEEN` edits are expected to bring."""
     foreseen = foresee_norm(growth)
     return None if foreseen is None else round(max(_MARGIN * foreseen, _MARGIN), 2)
+
+
+def doubt_choice(trial: Trial) -> list[str]:
+    """A reason not to take what was chosen, where there is one."""
+    if trial.efficacy >= _USABLE:
+        return []
+    why = (
+        "z itself rarely says the target: try more steps, or a larger clamp"
+        if trial.reached < _USABLE
+        else "z says the target, the weights do not: try a smaller λ, or other layers"
+    )
+    return [f"No option that was tried writes most edits: with what was chosen {trial.efficacy:.1%} take. Give it more minutes. ({why})"]
 
 
 def _measure(trial: Trial) -> Measured:

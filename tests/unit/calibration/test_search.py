@@ -2,7 +2,7 @@
 
 import random
 
-from errata.calibration.report import foresee_norm, set_alarm
+from errata.calibration.report import doubt_choice, foresee_norm, set_alarm
 from errata.calibration.search import Done, Step, choose_best, choose_rivals, propose_step
 from errata.calibration.trials import Trial
 from errata.profiles import PrepareOptions
@@ -101,3 +101,11 @@ def test_growth_is_foreseen_from_its_square() -> None:
     assert foresee_norm([]) is None and set_alarm([]) is None
     assert (set_alarm(growth) or 0) > (foresee_norm(growth) or 0)
     assert foresee_norm([(10, 0.9)]) == 1.0, "weights that shrink are not foreseen to vanish"
+
+
+def test_a_choice_that_writes_few_edits_is_doubted() -> None:
+    assert doubt_choice(make_trial(STARTS[0], score=0.5)) == []
+    (weak,) = doubt_choice(make_trial(STARTS[0], score=0.02))
+    assert "with what was chosen 2.0% take" in weak and "smaller λ" in weak
+    (short,) = doubt_choice(make_trial(STARTS[0], score=0.0).model_copy(update={"reached": 0.1}))
+    assert "z itself rarely says the target" in short
