@@ -4,14 +4,14 @@ import os
 import sys
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from errata.builtin import CAVEAT, NAMED
-from errata.comparison.cells import MEASURES
+from errata.comparison.cells import FULL, MEASURES, QUICK
 from errata.errors import InputError
 from errata.settings import load_settings
 from flows.commandline import EPILOG, AsJson, CorpusPath, out, print_json
@@ -26,20 +26,6 @@ SMALL = (
     "large language models."
 )
 _SHOWN = ("efficacy", "generalization", "specificity", "ability", "norm_ratio")
-
-
-class Sizes(TypedDict):
-    """How much a comparison asks, where the command does not say."""
-
-    edits: int
-    batches: tuple[int, ...]
-    seeds: int
-    judged: int
-    said: int
-
-
-_FULL: Sizes = {"edits": 1_000, "batches": (1, 10, 100), "seeds": 3, "judged": 200, "said": 50}
-_QUICK: Sizes = {"edits": 100, "batches": (1, 20), "seeds": 2, "judged": 60, "said": 30}
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -85,23 +71,23 @@ def bench(
     from errata.modeling.loading import choose_device
     from tasks.comparing import Request, attach_report, compare_methods
 
-    sizes = _QUICK if quick else _FULL
-    size = edits or sizes["edits"]
+    default = QUICK if quick else FULL
+    size = edits or default.edits
     cores = 1 if str(choose_device(settings.device)) != "cpu" else os.cpu_count() or 1
     request = Request(
         base=base,
         methods=tuple(choose_methods(methods)),
         edits=size,
-        batches=_read_batches(batch, size) if batch else tuple(one for one in sizes["batches"] if one <= size),
-        seeds=seeds or sizes["seeds"],
+        batches=_read_batches(batch, size) if batch else tuple(one for one in default.batches if one <= size),
+        seeds=seeds or default.seeds,
         revision=revision,
         data=data,
         kind=kind,  # type: ignore[arg-type]
         profile=profile,
         corpus=corpus,
         lam=lam,
-        judged=judged or sizes["judged"],
-        said=said or sizes["said"],
+        judged=judged or default.judged,
+        said=said or default.said,
         jobs=jobs or cores,
         afresh=afresh,
     )

@@ -12,6 +12,24 @@ _FORMAT = 1
 _STOPS = (1, 10, 100, 500, 1_000, 2_000, 5_000, 10_000)
 
 
+class Size(NamedTuple):
+    """How much is compared."""
+
+    edits: int
+    """Of each stream."""
+    batches: tuple[int, ...]
+    seeds: int
+    judged: int
+    """Edits asked about with all their probes at each stop."""
+    said: int
+    """Edits asked for a greedy answer at each stop."""
+
+
+FULL = Size(edits=1_000, batches=(1, 10, 100), seeds=3, judged=200, said=50)
+QUICK = Size(edits=100, batches=(1, 20), seeds=2, judged=60, said=30)
+"""The whole table within ten minutes on two cores."""
+
+
 class Measure(NamedTuple):
     """Something that is measured, as people read it."""
 
