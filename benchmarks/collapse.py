@@ -48,7 +48,8 @@ def run(
 def _print_line(comparison: Comparison, kind: str, lam: float) -> None:
     """One line of the grid: all methods at every stop."""
     stops = comparison.list_stops(1)
-    table = Table(title=f"{kind}, λ × {lam:g}: {stops[-1]:,} edits one by one, {len(comparison.seeds)} streams", title_justify="left")
+    streams = f"{len(comparison.seeds)} stream{'s' if len(comparison.seeds) > 1 else ''}"
+    table = Table(title=f"{kind}, λ × {lam:g}: {stops[-1]:,} edits one by one, {streams}", title_justify="left")
     table.add_column("method")
     table.add_column("measure")
     for stop in stops:
