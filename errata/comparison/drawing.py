@@ -65,5 +65,5 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _save(figure: "Figure", path: Path, caption: str) -> Path:
-    figure.suptitle(caption, fontsize=8)
+    figure.suptitle(caption, fontsize=8, x=0.01, ha="left")  # the legend is at the right
     return save_figure(figure, path, dpi=110)
