@@ -13,6 +13,7 @@ import json
 import random
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,9 +87,10 @@ def run(
     settings = shape_training(family, minutes, seed)
     report = provide_base(choice, settings, folder)
     out.print_json(json.dumps({name: value for name, value in report.items() if name != "settings"}))
-    measure_keys(folder)
+    base, known = load_base(folder / "base", device="cpu"), read_known(folder)
+    measure_keys(base, known)
     for count in (int(size) for size in edits.split(",") if size):
-        measure_editing(folder, choice, settings, count)
+        measure_editing(base, known, folder, choice, settings, count)
     command = ["--base", str(folder / "base"), "--corpus", str(folder / "corpus.txt"), "--facts", str(folder / "edits.jsonl")]
     out.print(f"next: [bold]errata calibrate {' '.join(command)}[/]")
     if calibrate:
@@ -177,13 +179,18 @@ def _share_withheld(base: Base, edits: list[Edit]) -> float:
     return round(share(base, held), 4)
 
 
-def measure_keys(folder: Path) -> None:
-    """How near to each other the keys of the known edits' subjects lie, and how many directions they take, at every layer but the last."""
-    base = load_base(folder / "base", device="cpu")
-    edits = {edit.subject_key: edit for edit in map(Edit.model_validate_json, (folder / "edits.jsonl").read_text().splitlines())}
-    rows = [build_rows(base.tokenizer, edit, (SLOT,), base.context) for edit in edits.values()]
-    for layer in range(base.layout.count_layers(base.model) - 1):
-        keys = read_base(base, [[row] for row in rows], (layer,)).keys[layer].double()
+def read_known(folder: Path) -> list[Edit]:
+    """The edits of `folder`, one per subject."""
+    edits = map(Edit.model_validate_json, (folder / "edits.jsonl").read_text().splitlines())
+    return list({edit.subject_key: edit for edit in edits}.values())
+
+
+def measure_keys(base: Base, known: Sequence[Edit]) -> None:
+    """How near to each other the keys of these edits' subjects lie, and how many directions they take, at every layer but the last."""
+    units = [[build_rows(base.tokenizer, edit, (SLOT,), base.context)] for edit in known]
+    layers = range(base.layout.count_layers(base.model) - 1)
+    for layer, read in read_base(base, units, layers).keys.items():
+        keys = read.double()
         near = torch.nn.functional.normalize(keys, dim=1)
         cosine = (near.sum(0).square().sum() - len(near)) / (len(near) * (len(near) - 1))
         energies = torch.linalg.svdvals(keys - keys.mean(0)).square()
@@ -192,11 +199,9 @@ def measure_keys(folder: Path) -> None:
         out.print(f"keys of {len(keys):,} subjects at layer {layer}, {keys.shape[1]:,} wide: {told}")
 
 
-def measure_editing(folder: Path, choice: Choice, settings: TrainingSettings, count: int) -> None:
+def measure_editing(base: Base, known: Sequence[Edit], folder: Path, choice: Choice, settings: TrainingSettings, count: int) -> None:
     """D4S on edits of distinct subjects, drawn from all, in batches of 20: strict argmax accuracy."""
-    base = load_base(folder / "base", device="cpu")
-    edits = {edit.subject_key: edit for edit in map(Edit.model_validate_json, (folder / "edits.jsonl").read_text().splitlines())}
-    stream = random.Random(f"stream {settings.seed}").sample(list(edits.values()), min(count, len(edits)))
+    stream = random.Random(f"stream {settings.seed}").sample(known, min(count, len(known)))
     moments = collect_moments(base, _PREPARE.layers, (folder / "corpus.txt").read_text().splitlines())
     solve = SolveOptions(lam=_LAM, spread="single", moments=digest_of(moments.to_bytes()))
     editor = D4S(Profile(base=base.digest, prepare=_PREPARE, solve=solve), moments, base.layout)

@@ -72,13 +72,13 @@ def bench(
     from tasks.comparing import Request, attach_report, compare_methods
 
     default = QUICK if quick else FULL
-    size = edits or default.edits
+    length = edits or default.edits
     cores = 1 if str(choose_device(settings.device)) != "cpu" else os.cpu_count() or 1
     request = Request(
         base=base,
         methods=tuple(choose_methods(methods)),
-        edits=size,
-        batches=_read_batches(batch, size) if batch else tuple(one for one in default.batches if one <= size),
+        edits=length,
+        batches=_read_batches(batch, length) if batch is not None else tuple(size for size in default.batches if size <= length),
         seeds=seeds or default.seeds,
         revision=revision,
         data=data,

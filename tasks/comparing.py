@@ -19,7 +19,7 @@ import torch
 from errata.builtin import NAMED
 from errata.comparison.asking import Sheet
 from errata.comparison.catalogue import RECIPES, list_once
-from errata.comparison.cells import Cell, CellResult, Scope, list_cells, name_cell
+from errata.comparison.cells import FULL, Cell, CellResult, Scope, list_cells, name_cell
 from errata.comparison.material import Kind, Material, draw_edits, draw_world
 from errata.comparison.method import Bench
 from errata.comparison.running import run_cell
@@ -69,8 +69,8 @@ class Request:
     profile: str | None = None
     corpus: Path | None = None
     lam: float = 1.0
-    judged: int = 200
-    said: int = 50
+    judged: int = FULL.judged
+    said: int = FULL.said
     jobs: int = 1
     afresh: bool = False
 

@@ -132,6 +132,7 @@ def test_an_interrupted_comparison_goes_on(
     [
         (["--methods", "mimit"], "methods: expected 'all' or some of base"),
         (["--batch", "0"], "batch: expected numbers such as 1,10,100, found '0'"),
+        (["--batch", ""], "batch: expected numbers such as 1,10,100, found ''"),
         (["--edits", "5", "--batch", "10"], "batch: expected at most the 5 edits of a stream, found 10"),
         (["--kind", "odd"], "kind: expected 'slots', 'distinct' or 'mixed', found 'odd'"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: expected a file of edits, found none"),
